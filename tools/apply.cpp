@@ -24,7 +24,7 @@ void run_apply(const apply_settings& given)
     if (given.scale == 0) { tool::note(given.run, "--scale is 0: the delta adds nothing"); }
     tool::check_cpu(given.run);
     const auto base = tool::open_noted(given.base, given.run, given.index);
-    tool::check_readable(base, {});
+    tool::check_readable(base, {}, false);
     const taskvec::delta_file delta(given.delta);
     tool::guard_map(delta.file().map());
     const bool directory = tool::out_is_directory(given.out, given.base, !given.shard_size.empty());
@@ -40,8 +40,7 @@ void run_apply(const apply_settings& given)
     tool::runner run(given.run);
     taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
     const auto kept = delta.kept();
-    const auto plan = tool::outputs_of(
-        given.run, models, base, given.dtype == "keep", given.dtype.empty() ? tool::ways_of_layers : "");
+    const auto plan = tool::outputs_of(given.run, models, base, given.dtype);
     if (given.run.dry_run) {
         tool::check_space(given.out, tool::bytes_of(plan));
         tool::print("would add " + tool::counted(kept, "entry") + " of '" + tool::printable(given.delta) + "' to '"

@@ -123,7 +123,8 @@ traffic write_candidate(
     const fs::path& file, const method_entry& method, const method_call& call, const fs::path& scratch)
 {
     const auto plan = outputs_of(quiet(call.request), call.inputs);
-    taskvec::safetensors_writer out(file, plan.specs, call.inputs.metadata(), taskvec::durability::process);
+    taskvec::safetensors_writer out(
+        file, plan.specs, metadata_of(call.inputs.metadata(), plan.specs), taskvec::durability::process);
     taskvec::quantising_sink sink(plan, out, scratch);
     const auto merged = run_method(method, call, sink);
     sink.finish();

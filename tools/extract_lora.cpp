@@ -343,6 +343,7 @@ void run_extract_lora(extract_lora_settings given)
         stored.emplace(tool::open_noted(given.task, given.run, given.index, rules(given.task)));
         tool::check_readable(*stored, include);
         line_up(given, base, *stored);
+        tool::check_scales_alike({&base, &*stored}, include);
         tuned = stored->model();
         task_bytes = stored->data_bytes();
         wide = wide || tool::holds_f64(*stored);

@@ -55,8 +55,7 @@ void run_fuse(const fuse_settings& given)
     taskvec::aligned_models models(&sum.base(), {&sum.base(), 1}, options);
     const auto sources = sum.changes().attach(models, 0);
     const tool::runner run(request.run);
-    const auto plan = tool::outputs_of(
-        request.run, models, base, request.dtype == "keep", request.dtype.empty() ? tool::ways_of_layers : "");
+    const auto plan = tool::outputs_of(request.run, models, base, request.dtype);
     const std::uint64_t bytes = tool::bytes_of(plan);
     const std::string what = tool::counted(arguments.size(), "adapter") + (given.subtract ? " out of '" : " into '")
         + tool::printable(request.base) + "'";

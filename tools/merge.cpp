@@ -53,7 +53,8 @@ struct resumable_merge {
 
     resumable_merge(const merge_request& request, const merge_inputs& inputs, const taskvec::quantised_outputs& plan)
         : work(request.resume, inputs_of(request))
-        , shards(work.path(), plan.specs, parse_size(request.shard_size, "--shard-size"), inputs.metadata())
+        , shards(work.path(), plan.specs, parse_size(request.shard_size, "--shard-size"),
+              metadata_of(inputs.metadata(), plan.specs))
     {
         if (shards.found() > 0) {
             note(request.run,

@@ -8,6 +8,8 @@
 
 #include <taskvec/formats/name_pattern.hpp>
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -131,7 +133,7 @@ taskvec::checkpoint open_noted(
 {
     auto model = open_guarded(path, index == "lenient" ? taskvec::index_check::lenient : taskvec::index_check::strict);
     for (const auto& text : model.notes()) { note(run, text); }
-    if (!rules.empty()) { check_readable(model, {}); } // its parts would go by other names than their layer
+    if (!rules.empty()) { check_readable(model, {}, false); } // its parts would go by other names than their layer
     if (!rules.empty()) { model.set_model(renamed(model.model(), rules, in_quotes(path))); }
     return model;
 }
@@ -285,6 +287,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     if (base_) { check_no_factors(*base_, include); }
     for (const auto& task : tasks_) { check_no_factors(task, include); }
     line_up(request);
+    check_scales(request);
     line_up_vocabulary(request);
     check_filters(request);
     models_.emplace(base_ ? &base_model() : nullptr, task_models_, std::move(options));
@@ -422,6 +425,14 @@ void merge_inputs::check_layers(const model_request& request) const
     for (const auto& task : tasks_) { check(task); }
 }
 
+void merge_inputs::check_scales(const model_request& request) const
+{
+    std::vector<const taskvec::checkpoint*> models;
+    if (base_) { models.push_back(&*base_); }
+    for (const auto& task : tasks_) { models.push_back(&task); }
+    check_scales_alike(models, name_filter(request.include, request.exclude));
+}
+
 std::string merge_inputs::name_of_base(const model_request& request) const
 {
     return in_quotes(base_ ? fs::path(request.base) : arguments_.front().path);
@@ -477,7 +488,7 @@ void merge_inputs::line_up(const model_request& request)
                 note(request.run,
                     taskvec::message(
                         "names of ", label, ": ", match.words(), ", ", counted(match.names.size(), "tensor")));
-                check_readable(task, {});
+                check_readable(task, {}, false);
                 task.set_model(renamed(task.model(), match));
             }
             else if (!match.names.empty() && (extra > 0 || request.missing == "error" || present == 0)) {
@@ -628,9 +639,22 @@ std::uint64_t merge_inputs::copied_bytes() const
     return total;
 }
 
-void check_readable(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include)
+void check_readable(
+    const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include, bool excludable)
 {
-    if (model.layers()) { taskvec::refuse_unread(*model.layers(), include, model.path().string()); }
+    if (model.layers()) { taskvec::refuse_unread(*model.layers(), include, model.path().string(), excludable); }
+}
+
+void check_scales_alike(
+    const std::vector<const taskvec::checkpoint*>& models, const std::function<bool(std::string_view)>& include)
+{
+    for (const auto* const scaled : models) {
+        if (!scaled->layers()) { continue; }
+        for (const auto* const other : models) {
+            taskvec::refuse_unscaled(other->model(), scaled->model(), *scaled->layers(), include,
+                other->path().string(), scaled->path().string());
+        }
+    }
 }
 
 std::string layers_text(const taskvec::checkpoint& model)
@@ -656,15 +680,24 @@ std::string layers_text(const taskvec::checkpoint& model)
 }
 
 taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
-    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep,
-    const taskvec::const_model_ref* lined_up)
+    const taskvec::checkpoint& reference, const std::string& dtype, const taskvec::const_model_ref* lined_up)
 {
-    auto plan = taskvec::plan_outputs(models, lined_up ? *lined_up : reference.model(), reference.layers(), keep);
+    auto plan =
+        taskvec::plan_outputs(models, lined_up ? *lined_up : reference.model(), reference.layers(), dtype == "keep");
     const std::string label = in_quotes(reference.path());
     if (plan.dequantised > 0) {
+        std::string ways; // --dtype keep is for what is written again
+        if (dtype.empty()) {
+            const bool again = std::none_of(plan.outputs.begin(), plan.outputs.end(), [](const auto& output) {
+                return output.layer && output.how == taskvec::quantised_outputs::way::numbers
+                    && output.layer->scheme != taskvec::quantisation::fp8;
+            });
+            ways = again ? ": --dtype keep quantises them again, --dtype bf16 takes half the space"
+                         : ": --dtype bf16 takes half the space";
+        }
         note(run,
             counted(plan.dequantised, "quantised layer") + " of " + label + (plan.dequantised == 1 ? " is" : " are")
-                + " written as numbers, without scales" + how_to_keep);
+                + " written as numbers, without scales" + ways);
     }
     if (!plan.left_out.empty()) {
         note(run,
@@ -675,7 +708,13 @@ taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::ali
     std::size_t inputs = 0;
     for (const auto& output : plan.outputs) {
         if (output.how != taskvec::quantised_outputs::way::quantised) { continue; }
-        inputs += output.layer->parts.size() > 2 ? 1u : 0u;
+        const auto& parts = output.layer->parts;
+        inputs += std::any_of(parts.begin() + 2, parts.end(),
+                      [](const auto& part) {
+                          return part.leaf.find("input") != part.leaf.npos || part.leaf.find("act") != part.leaf.npos;
+                      })
+            ? 1u
+            : 0u;
     }
     if (inputs > 0) { note(run, "scales of the inputs of " + counted(inputs, "layer") + " stay those of " + label); }
     return plan;
@@ -683,9 +722,37 @@ taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::ali
 
 taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs)
 {
-    const std::string way = request.dtype.empty() ? ways_of_layers : "";
-    return outputs_of(
-        request.run, inputs.models(), inputs.reference(), request.dtype == "keep", way, &inputs.reference_model());
+    return outputs_of(request.run, inputs.models(), inputs.reference(), request.dtype, &inputs.reference_model());
+}
+
+taskvec::metadata_map metadata_of(taskvec::metadata_map metadata, const std::vector<taskvec::tensor_spec>& specs)
+{
+    const auto place = metadata.find("_quantization_metadata"); // ComfyUI's
+    if (place == metadata.end()) { return metadata; }
+    auto said = nlohmann::ordered_json::parse(place->second, nullptr, false);
+    std::set<std::string_view> codes;
+    for (const auto& spec : specs) {
+        if (taskvec::bits_per_element(spec.dtype) <= 8 && spec.dtype != taskvec::dtype::boolean) {
+            codes.insert(spec.name);
+        }
+    }
+    auto kept = nlohmann::ordered_json::object();
+    bool whole = said.is_object() && said.contains("layers") && said["layers"].is_object();
+    if (whole) {
+        for (const auto& [name, how] : said["layers"].items()) {
+            if (codes.contains(name + ".weight")) { kept[name] = how; }
+            else {
+                whole = false;
+            }
+        }
+    }
+    if (whole) { return metadata; }
+    if (kept.empty()) { metadata.erase(place); }
+    else {
+        said["layers"] = std::move(kept);
+        place->second = said.dump();
+    }
+    return metadata;
 }
 
 std::uint64_t bytes_of(const taskvec::quantised_outputs& plan)

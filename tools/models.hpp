@@ -84,11 +84,10 @@ void check_patterns(const std::vector<std::string>& patterns, const std::string&
 void add_tensor_options(command& verb, model_request& request, const std::string& others = "");
 /// Adds --dtype.
 void add_dtype_option(command& verb, std::string& dtype, const std::string& help);
-/// The help of --dtype where models are written, and what a note says of layers that became numbers without it.
+/// The help of --dtype where models are written.
 inline constexpr const char* dtype_of_result =
     "dtype of the result; keep: the base's, per tensor, and layers in scaled FP8 are quantised again (default: the "
     "base's, and F32 for quantised layers)";
-inline constexpr const char* ways_of_layers = ": --dtype keep quantises them again, --dtype bf16 takes half the space";
 /// The dtype that --dtype names; nothing for `keep`, and where it is not given.
 [[nodiscard]] std::optional<taskvec::dtype> output_dtype(const std::string& text);
 /// Adds --shard-size.
@@ -157,6 +156,7 @@ private:
     void line_up(const model_request& request);
     void check_filters(const model_request& request) const;
     void check_layers(const model_request& request) const;
+    void check_scales(const model_request& request) const;
     void line_up_vocabulary(const model_request& request);
     void note_what_is_missing(const model_request& request) const;
     void note_copies_of_the_base(const model_request& request) const;
@@ -180,17 +180,24 @@ private:
     std::optional<taskvec::aligned_models> models_;
 };
 
-/// What the file of a result holds, where layers of `reference` are quantised; notes what becomes of them. `keep`:
-/// whether they are quantised again.
+/// What the file of a result holds, where layers of `reference` are quantised; notes what becomes of them. `dtype`: the
+/// text of --dtype.
 [[nodiscard]] taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
-    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep,
-    const taskvec::const_model_ref* lined_up = nullptr);
+    const taskvec::checkpoint& reference, const std::string& dtype, const taskvec::const_model_ref* lined_up = nullptr);
 /// The same for a merge, as its --dtype says.
 [[nodiscard]] taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs);
+/// The metadata of a result whose models have this: without what it says of layers that are quantised no more.
+[[nodiscard]] taskvec::metadata_map metadata_of(
+    taskvec::metadata_map metadata, const std::vector<taskvec::tensor_spec>& specs);
 /// Bytes of the tensors that are written.
 [[nodiscard]] std::uint64_t bytes_of(const taskvec::quantised_outputs& plan);
-/// Throws where a model has layers that cannot be read and that `include` does not leave out whole.
-void check_readable(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include);
+/// Throws where a model has layers that cannot be read and that `include` does not leave out whole. `excludable`:
+/// whether a command line could leave them out.
+void check_readable(
+    const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include, bool excludable = true);
+/// Throws where a layer has lost its scale, as another of the models has it: under the names that they are lined up by.
+void check_scales_alike(
+    const std::vector<const taskvec::checkpoint*>& models, const std::function<bool(std::string_view)>& include);
 /// "12 layers in scaled FP8 (blocks of 128 × 128)", each kind; empty where none is.
 [[nodiscard]] std::string layers_text(const taskvec::checkpoint& model);
 

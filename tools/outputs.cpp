@@ -3,6 +3,7 @@
 #include "outputs.hpp"
 
 #include "arguments.hpp"
+#include "models.hpp"
 #include "runner.hpp"
 #include "words.hpp"
 
@@ -230,7 +231,7 @@ model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan
 {
     std::error_code ignored;
     const auto& specs = plan.specs;
-    const auto& metadata = like.metadata();
+    const auto metadata = metadata_of(like.metadata(), specs);
     const auto stem = stem_of(like);
     const auto place_sink = [&] {
         if (plan.plain()) { return; }

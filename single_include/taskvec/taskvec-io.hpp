@@ -10310,8 +10310,9 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
 // again. SPDX-License-Identifier: Apache-2.0
 //
 // What is read: FP8 with scales (per tensor, per channel, in blocks; under the names of vLLM and compressed-tensors,
-// DeepSeek and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is only
-// recognised: GPTQ, AWQ, bitsandbytes, compressed-tensors' integers, HQQ, Quanto.
+// DeepSeek, Mistral and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is
+// only recognised: GPTQ, AWQ, Marlin, bitsandbytes, compressed-tensors' integers, HQQ, Quanto, ExLlama's, AQLM, QuIP#,
+// QTIP, VPTQ, ComfyUI's other formats, and any integers beside scales.
 
 
 // ---- taskvec/models/operand_source.hpp
@@ -10358,10 +10359,12 @@ public:
 #include <filesystem>
 #include <functional>
 #include <initializer_list>
+#include <map>
 #include <set>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -10422,61 +10425,154 @@ struct quantised_layer {
 struct unread_layer {
     std::string name; ///< of the layer
     std::string what; ///< "is quantised by GPTQ", "has a scale of shape …"
-    std::string mend; ///< "dequantise it first …"
+    std::string mend; ///< "dequantise it first …", without the way that always is: to exclude the layer
     std::vector<std::string> parts{}; ///< names of its tensors
 };
 
-/// What a configuration says about scales beyond their shapes.
+/// What is said about a model's layers beyond their tensors: by its configuration, its index and its file's header.
 struct quantisation_hints {
-    extents block{}; ///< quantization_config.weight_block_size; empty: deduced from shapes
+    extents block{}; ///< that shares a scale, by the configuration; empty: deduced from shapes
     bool powers_of_two = false; ///< scale_fmt "ue8m0"
-    std::string file{}; ///< which says so, for messages
+    std::string file{}; ///< the configuration, for messages
+    std::string key{}; ///< where it has the block: "quantization_config.weight_block_size"
+    std::vector<extents> more_blocks{}; ///< of other groups of its layers
+    bool scaled_fp8 = false; ///< whether it says that FP8 has scales
+    std::vector<std::string> absent{}; ///< tensors that the index lists and no file has
+    std::map<std::string, std::string, std::less<>> formats{}; ///< "l" to "float8_e4m3fn", by the header (ComfyUI)
 };
 
-/// The hints of a config.json; none where it is not there, or says nothing. Throws format_error for block sizes that
-/// are none.
+namespace detail {
+
+/// What configurations call what they say of quantisation, the older name last.
+inline constexpr std::string_view quantisation_keys[] = {"quantization_config", "compression_config"};
+/// Where ComfyUI's files say in their header how layers are quantised, and beside a layer.
+inline constexpr std::string_view comfy_metadata_key = "_quantization_metadata", comfy_mark = "comfy_quant";
+
+/// What a configuration says of quantisation, at any depth, and where: "text_config.quantization_config".
+inline void find_quantisation(const nlohmann::json& part, const std::string& path,
+    std::vector<std::pair<std::string, const nlohmann::json*>>& found)
+{
+    if (!part.is_object()) { return; }
+    bool here = false;
+    for (const auto& [key, value] : part.items()) {
+        const bool is_key =
+            std::find(std::begin(quantisation_keys), std::end(quantisation_keys), key) != std::end(quantisation_keys);
+        if (!is_key) { find_quantisation(value, path + key + ".", found); }
+    }
+    for (const auto key : quantisation_keys) {
+        const auto place = part.find(key);
+        if (here || place == part.end() || !place->is_object()) { continue; }
+        found.emplace_back(path + std::string(key), &*place);
+        here = true;
+    }
+}
+
+/// Sizes of a block, as [128, 64] or "128x64"; none where it is neither.
+[[nodiscard]] inline extents block_sizes(const nlohmann::json& said)
+{
+    constexpr std::uint64_t bound = std::uint64_t{1} << 32;
+    extents sizes;
+    if (said.is_string()) {
+        std::uint64_t size = 0;
+        for (const char c : said.get_ref<const std::string&>() + "x") {
+            if (c >= '0' && c <= '9') { size = std::min(bound, 10 * size + static_cast<unsigned>(c - '0')); }
+            else if ((c != 'x' && c != 'X') || size == 0 || size >= bound) {
+                return {};
+            }
+            else {
+                sizes.push_back(static_cast<std::int64_t>(size));
+                size = 0;
+            }
+        }
+        return sizes;
+    }
+    if (!said.is_array()) { return {}; }
+    for (const auto& size : said) {
+        if (!size.is_number_unsigned() || size.get<std::uint64_t>() == 0 || size.get<std::uint64_t>() >= bound) {
+            return {};
+        }
+        sizes.push_back(size.get<std::int64_t>());
+    }
+    return sizes;
+}
+
+/// The text under a key; empty where there is none.
+[[nodiscard]] inline std::string text_under(const nlohmann::json& part, std::string_view key)
+{
+    const auto place = part.find(key);
+    return place != part.end() && place->is_string() ? place->get<std::string>() : std::string();
+}
+
+/// The formats of layers that a header's metadata give.
+[[nodiscard]] inline std::map<std::string, std::string, std::less<>> comfy_formats(const std::string& metadata)
+{
+    std::map<std::string, std::string, std::less<>> formats;
+    const auto json = nlohmann::json::parse(metadata, nullptr, false);
+    if (!json.is_object() || !json.contains("layers") || !json["layers"].is_object()) { return formats; }
+    for (const auto& [name, how] : json["layers"].items()) {
+        if (how.is_object()) { formats[name] = text_under(how, "format"); }
+    }
+    return formats;
+}
+
+} // namespace detail
+
+/// The hints of a config.json; none where it is not there, or says nothing. What it says of quantisation may stand at
+/// any depth (`text_config`), as `quantization_config` or `compression_config`, and the block in it as a list, as text
+/// ("128x64"), or as the size of a row's groups. Throws format_error for block sizes that are none.
 [[nodiscard]] inline quantisation_hints read_quantisation_hints(const std::filesystem::path& config)
 {
     quantisation_hints hints;
     std::error_code ignored;
     if (!std::filesystem::is_regular_file(config, ignored)) { return hints; }
     const auto json = parse_configuration(read_text_file(config), config.string());
-    const nlohmann::json* how = nullptr;
-    for (const auto* part : {&json, json.contains("text_config") ? &json["text_config"] : &json}) {
-        if (!how && part->is_object() && part->contains("quantization_config")
-            && (*part)["quantization_config"].is_object()) {
-            how = &(*part)["quantization_config"];
-        }
-    }
-    if (!how) { return hints; }
+    std::vector<std::pair<std::string, const nlohmann::json*>> found;
+    detail::find_quantisation(json, "", found);
+    if (found.empty()) { return hints; }
     hints.file = config.string();
-    const auto take = [&](const nlohmann::json& sizes, std::string_view key) {
-        bool fits = sizes.is_array() && !sizes.empty();
-        for (const auto& size : sizes) {
-            fits = fits && size.is_number_unsigned() && size.get<std::uint64_t>() > 0
-                && size.get<std::uint64_t>() < (std::uint64_t{1} << 32);
+    const auto add = [&](extents block, const std::string& key) {
+        if (hints.block.empty()) {
+            hints.block = std::move(block);
+            hints.key = key;
         }
-        if (!fits) {
-            raise<format_error>(error_code::quantised_layer,
-                message("quantization_config has a '", key, "' that is no list of sizes, such as [128, 128]"),
-                hints.file);
+        else if (hints.block != block) {
+            hints.more_blocks.push_back(std::move(block));
         }
-        hints.block.clear();
-        for (const auto& size : sizes) { hints.block.push_back(size.get<std::int64_t>()); }
     };
-    if (how->contains("weight_block_size") && !(*how)["weight_block_size"].is_null()) {
-        take((*how)["weight_block_size"], "weight_block_size");
-    }
-    if (how->contains("config_groups") && (*how)["config_groups"].is_object()) {
-        for (const auto& group : (*how)["config_groups"]) {
+    const auto take = [&](const nlohmann::json& part, const std::string& path, const std::string& key) {
+        const auto place = part.find(key);
+        if (place == part.end() || place->is_null()) { return false; }
+        auto sizes = detail::block_sizes(*place);
+        if (sizes.empty()) {
+            raise<format_error>(error_code::quantised_layer,
+                message(path, " has a '", key, "' that is no list of sizes, such as [128, 128]"), hints.file);
+        }
+        add(std::move(sizes), path + "." + key);
+        return true;
+    };
+    for (const auto& [path, said] : found) {
+        const auto& how = *said;
+        const auto method = detail::text_under(how, "quant_method"), algorithm = detail::text_under(how, "quant_algo");
+        hints.scaled_fp8 =
+            hints.scaled_fp8 || method.find("fp8") != method.npos || algorithm.find("FP8") != algorithm.npos;
+        hints.powers_of_two = hints.powers_of_two || detail::text_under(how, "scale_fmt") == "ue8m0";
+        (void)take(how, path, "weight_block_size");
+        if (!how.contains("config_groups") || !how["config_groups"].is_object()) { continue; }
+        for (const auto& [name, group] : how["config_groups"].items()) {
             if (!group.is_object() || !group.contains("weights") || !group["weights"].is_object()) { continue; }
             const auto& weights = group["weights"];
-            if (weights.contains("block_structure") && weights["block_structure"].is_array()) {
-                take(weights["block_structure"], "block_structure");
+            const auto bits = weights.find("num_bits");
+            if (bits != weights.end() && !(bits->is_number_integer() && bits->get<std::int64_t>() == 8)) { continue; }
+            hints.scaled_fp8 = hints.scaled_fp8 || detail::text_under(weights, "type") == "float";
+            const auto where = path + ".config_groups." + name + ".weights";
+            if (take(weights, where, "block_structure")) { continue; }
+            const auto size = weights.find("group_size");
+            if (size != weights.end() && size->is_number_unsigned() && size->get<std::uint64_t>() > 0
+                && size->get<std::uint64_t>() < (std::uint64_t{1} << 32)) {
+                add({1, size->get<std::int64_t>()}, where + ".group_size");
             }
         }
     }
-    hints.powers_of_two = how->contains("scale_fmt") && (*how)["scale_fmt"] == "ue8m0";
     return hints;
 }
 
@@ -10627,16 +10723,17 @@ private:
 ///     for (const auto& [name, tensor] : layers.model()) { … } // "l.weight", F32; no "l.weight_scale"
 ///
 /// A layer whose scheme is not read, or whose tensors contradict each other (a scale of the wrong shape, NaN, negative
-/// or infinite scales, a scale without its weight, FP8 without a scale beside layers with one), is in unread(), and its
-/// tensors stay in the model as they are: whoever computes with them asks refuse_unread() first. Views only.
-/// Cost: O(names), and one read of all scales.
+/// or infinite scales, a scale without its weight, FP8 without a scale where something says that there is one: other
+/// layers that have it, the configuration, the index, what lies beside it), is in unread(), and its tensors stay in the
+/// model as they are: whoever computes with them asks refuse_unread() first, and refuse_unscaled() where models are
+/// compared. Views only. Cost: O(names), and one read of all scales.
 class quantised_layers {
 public:
     /// Where hints come from, asked once and only if they are needed.
     using hint_source = std::function<quantisation_hints()>;
 
     quantised_layers() = default;
-    /// `hints` is asked at most once, and only where scales of blocks have to be understood.
+    /// `hints` is asked at most once, and only where the model holds FP8 or packed codes.
     explicit quantised_layers(const const_model_ref& stored, hint_source hints = {})
         : stored_(&stored)
         , ask_(std::move(hints))
@@ -10678,10 +10775,9 @@ private:
     [[nodiscard]] static std::string dequantise_first()
     {
         return "dequantise the model first (transformers' model.dequantize() and save_pretrained(), or take the "
-               "weights "
-               "that it was made of), or exclude the whole layer";
+               "weights that it was made of)";
     }
-    [[nodiscard]] static std::string repair() { return "fetch the file again, or exclude the whole layer"; }
+    [[nodiscard]] static std::string repair() { return "fetch the file again"; }
 
     void give_up(const std::string& name, const std::string& what, std::vector<std::string> parts,
         const std::string& mend = dequantise_first())
@@ -10700,6 +10796,100 @@ private:
         return names;
     }
 
+    /// What a stem's own tensors have behind it (those without a dot there).
+    [[nodiscard]] const std::vector<std::string>& leaves_of(const std::string& stem)
+    {
+        static const std::vector<std::string> none;
+        if (leaves_.empty()) {
+            for (const auto& [name, value] : *stored_) {
+                const auto own = layer_stem(name);
+                leaves_[std::string(own)].push_back(name.substr(own.size()));
+            }
+        }
+        const auto place = leaves_.find(stem);
+        return place == leaves_.end() ? none : place->second;
+    }
+    /// A layer's tensors: all that its stem has but a bias, or those of some names where it has no stem.
+    [[nodiscard]] std::vector<std::string> whole(const std::string& stem, std::initializer_list<std::string_view> known)
+    {
+        if (stem.empty()) { return present(stem, known); }
+        std::vector<std::string> names;
+        for (const auto& leaf : leaves_of(stem)) {
+            if (leaf != "bias") { names.push_back(stem + leaf); }
+        }
+        return names;
+    }
+    /// Whether a word names a scale, or what goes with one: "weight_scale_2", "qscale_weight", "scales", "absmax".
+    [[nodiscard]] static bool names_scale(std::string_view word)
+    {
+        return word == "s" || word.ends_with("_s") || word.ends_with("amax") || word.find("scale") != word.npos
+            || word.find("absmax") != word.npos || word.find("zero_point") != word.npos;
+    }
+    /// Whether a scale is one of inputs, outputs or caches, and none of weights.
+    [[nodiscard]] static bool names_activations(std::string_view word)
+    {
+        for (const std::string_view other : {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "qscale_act"}) {
+            if (word == other) { return true; }
+        }
+        return word.find("input") != word.npos || word.find("output") != word.npos;
+    }
+    /// Whether a name is that of a scale of a tensor, or of what goes with one.
+    [[nodiscard]] bool is_scale_of(const std::string& other, const std::string& name) const
+    {
+        const auto stem = layer_stem(name), leaf = std::string_view(name).substr(stem.size());
+        if (other == name || !other.starts_with(stem)) { return false; }
+        const auto word = std::string_view(other).substr(stem.size());
+        if (word.starts_with(leaf) && word.size() > leaf.size() + 1 && word[leaf.size()] == '.') { // "weight.scale"
+            const auto rest = word.substr(leaf.size() + 1);
+            return rest.find('.') == rest.npos && names_scale(rest);
+        }
+        if (word.find('.') != word.npos || !names_scale(word)) { return false; }
+        const bool extends = word.starts_with(leaf) && word[leaf.size()] == '_';
+        for (auto at = other.find('_', stem.size() + 1); at != other.npos; at = other.find('_', at + 1)) {
+            // "gate_up_proj_scale" is none of "gate", nor "bias_scale" of "weight"
+            const auto owner = other.substr(0, at);
+            if (owner == name || (extends && at < name.size()) || names_scale(owner.substr(stem.size()))) { continue; }
+            if (find(owner)) { return false; }
+        }
+        if (extends || leaf == "weight") { return extends || !word.ends_with("_s"); }
+        for (const std::string_view before : {"scale_", "scales_", "qscale_"}) {
+            if (word.starts_with(before) && word.substr(before.size()) == leaf) { return true; }
+        }
+        return false;
+    }
+    /// The scales of a tensor, and what goes with them, by whatever names.
+    [[nodiscard]] std::vector<std::string> scales_of(const std::string& name)
+    {
+        std::vector<std::string> names;
+        for (const auto& stem : {std::string(layer_stem(name)), name + "."}) {
+            for (const auto& leaf : leaves_of(stem)) {
+                if (auto other = stem + leaf; is_scale_of(other, name)) { names.push_back(std::move(other)); }
+            }
+        }
+        return names;
+    }
+    /// Whether a tensor holds zeros only, as zero points of what is symmetric do.
+    [[nodiscard]] bool holds_zeros(const std::string& name) const
+    {
+        const auto points = find(name);
+        const auto* const data = static_cast<const unsigned char*>(points->data);
+        return data && std::all_of(data, data + points->bytes(), [](unsigned char byte) { return byte == 0; });
+    }
+    /// The format that ComfyUI gives for a layer, beside it or in the file's header; empty where it gives none.
+    [[nodiscard]] std::string comfy_format(const std::string& stem)
+    {
+        if (const auto mark = find(stem + std::string(detail::comfy_mark))) {
+            if (mark->dtype != dtype::u8 || !mark->data) { return "?"; }
+            const auto json =
+                nlohmann::json::parse(std::string(static_cast<const char*>(mark->data), mark->bytes()), nullptr, false);
+            const auto format = json.is_object() ? detail::text_under(json, "format") : std::string();
+            return format.empty() || format.size() > 40 ? "?" : format;
+        }
+        need_hints();
+        const auto place = hints_.formats.find(std::string_view(stem).substr(0, stem.empty() ? 0 : stem.size() - 1));
+        return place == hints_.formats.end() ? std::string() : place->second;
+    }
+
     void find_layers()
     {
         for (const auto& [name, value] : *stored_) {
@@ -10707,6 +10897,9 @@ private:
         }
         for (const auto& [name, value] : *stored_) {
             if (!taken_.contains(name)) { find_fp4(name, value); }
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name)) { find_integers(name, value); }
         }
         for (const auto& [name, value] : *stored_) {
             if (!taken_.contains(name) && is_fp8(value.dtype)) { find_fp8(name, value); }
@@ -10729,6 +10922,7 @@ private:
         const std::string stem(layer_stem(name));
         const auto leaf = std::string_view(name).substr(stem.size());
         const auto module = [&] { return stem.empty() ? name : stem.substr(0, stem.size() - 1); };
+        const bool codes = is_integer(value.dtype);
         if (leaf == "qweight") {
             auto parts = present(stem, {"qweight", "qzeros", "scales", "g_idx"});
             const auto scales = find(stem + "scales");
@@ -10737,11 +10931,44 @@ private:
             const bool awq = !find(stem + "g_idx") && wide;
             give_up(module(), awq ? "is quantised by AWQ" : "is quantised by GPTQ", std::move(parts));
         }
-        else if (leaf == "weight_packed" && value.dtype != dtype::u8) {
-            give_up(module(), "is quantised to integers (compressed-tensors)",
+        else if ((leaf == "weight_packed" && (value.dtype != dtype::u8 || find(stem + "scale_packed")))
+            || leaf == "scale_packed") {
+            const bool marlin = leaf == "scale_packed" || find(stem + "scale_packed");
+            give_up(module(),
+                marlin ? "is quantised to integers (compressed-tensors, Marlin 2:4)"
+                       : "is quantised to integers (compressed-tensors)",
                 present(stem,
-                    {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx",
-                        "input_scale", "input_zero_point"}));
+                    {"weight_packed", "scale_packed", "meta", "weight_shape", "weight_scale", "weight_global_scale",
+                        "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale",
+                        "output_scale", "output_zero_point"}));
+        }
+        else if (codes && (leaf == "B" || leaf == "B_24") && !present(stem, {"s", "s_channel", "s_group"}).empty()) {
+            give_up(module(), "is quantised to integers (Marlin)",
+                present(stem, {"B", "B_24", "B_meta", "s", "s_channel", "s_group", "workspace", "reduce_buffer"}));
+        }
+        else if (codes && leaf == "q_weight") {
+            give_up(module(), "is quantised by ExLlamaV2",
+                whole(stem, {"q_weight", "q_scale", "q_scale_max", "q_groups", "q_group_map", "q_perm", "q_invperm"}));
+        }
+        else if (codes && leaf == "trellis") {
+            give_up(module(), find(stem + "tlut") ? "is quantised by QTIP" : "is quantised by ExLlamaV3",
+                whole(
+                    stem, {"trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "tlut", "SU", "SV", "rcp", "tp_rank"}));
+        }
+        else if (codes && leaf == "Qidxs") {
+            give_up(module(), "is quantised by QuIP#",
+                whole(stem, {"Qidxs", "SU", "SV", "Wscale", "codebook_id", "had_left", "had_right", "rcp"}));
+        }
+        else if (codes && leaf == "codes" && find(stem + "codebooks")) {
+            give_up(module(), "is quantised by AQLM", whole(stem, {"codes", "codebooks", "scales"}));
+        }
+        else if (codes && leaf == "indices" && find(stem + "centroids.weight")) {
+            auto parts =
+                whole(stem, {"indices", "res_indices", "outlier_indices", "perm", "weight_scale", "weight_bias"});
+            for (auto& more : present(stem, {"centroids.weight", "res_centroids.weight", "outlier_centroids.weight"})) {
+                parts.push_back(std::move(more));
+            }
+            give_up(module(), "is quantised by VPTQ", std::move(parts));
         }
         else if (leaf == "W_q") {
             give_up(module(), "is quantised by HQQ",
@@ -10772,15 +10999,44 @@ private:
             && (find(name + "_scale") || find(name + "_scales"))) {
             give_up(name, "is quantised to integers",
                 present(stem,
-                    {"weight", "weight_scale", "weight_scales", "weight_zero_point", "input_scale",
-                        "input_zero_point"}));
+                    {"weight", "weight_scale", "weight_scales", "weight_zero_point", "input_scale", "input_zero_point",
+                        detail::comfy_mark}));
         }
         else if (value.dtype == dtype::f8_e4m3fnuz || value.dtype == dtype::f8_e5m2fnuz) {
-            if (find(name + "_scale") || find(name + "_scale_inv")) {
-                give_up(name, message("is quantised to ", to_string(value.dtype)),
-                    present(name, {"", "_scale", "_scale_inv"}));
+            if (auto parts = scales_of(name); !parts.empty()) {
+                parts.insert(parts.begin(), name);
+                give_up(name, message("is quantised to ", to_string(value.dtype)), std::move(parts));
             }
         }
+    }
+
+    [[nodiscard]] static bool is_integer(dtype type)
+    {
+        return type == dtype::i8 || type == dtype::u8 || type == dtype::i16 || type == dtype::i32 || type == dtype::i64;
+    }
+    /// Integers beside scales, by none of the names above.
+    void find_integers(const std::string& name, const const_tensor_ref& value)
+    {
+        if (!is_integer(value.dtype) || value.shape.size() < 2) { return; }
+        std::vector<std::string> parts{name};
+        std::string scale;
+        for (auto& other : scales_of(name)) {
+            if (taken_.contains(other)) { continue; }
+            const auto type = find(other)->dtype;
+            const auto word = std::string_view(other).substr(layer_stem(name).size());
+            const bool of_weights = (detail::is_scale_dtype(type) || is_fp8(type)) && !names_activations(word)
+                && word.find("zero_point") == word.npos;
+            if (of_weights && scale.empty()) { scale = other; }
+            parts.push_back(std::move(other));
+        }
+        if (scale.empty()) { return; }
+        for (auto& more : present(std::string(layer_stem(name)), {detail::comfy_mark})) {
+            parts.push_back(std::move(more));
+        }
+        give_up(name,
+            "is quantised to " + std::string(to_string(value.dtype)) + " with scales ('" + scale
+                + "'), by no scheme that is read",
+            std::move(parts));
     }
 
     void find_fp4(const std::string& name, const const_tensor_ref& value)
@@ -10809,7 +11065,7 @@ private:
         }
         auto parts = present(stem,
             {leaf, "weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale",
-                "weight_shape"});
+                "weight_shape", detail::comfy_mark});
         quantised_layer layer;
         layer.name = stem + "weight";
         layer.codes = value;
@@ -10819,6 +11075,9 @@ private:
         const auto wrong = [&](const std::string& what, const std::string& mend) {
             give_up(layer.name, what, parts, mend);
         };
+        if (const auto format = comfy_format(stem); !format.empty()) { // its scales lie in another order
+            return wrong("is quantised by ComfyUI as '" + format + "'", dequantise_first());
+        }
         if (!powers && scales->dtype != dtype::f8_e4m3) {
             return wrong("is packed in bytes with scales of " + std::string(to_string(scales->dtype))
                     + ": neither MXFP4 nor NVFP4",
@@ -10899,19 +11158,47 @@ private:
         const std::string stem(layer_stem(name));
         const auto leaf = std::string_view(name).substr(stem.size());
         if (leaf == "scaled_fp8") { return; }
-        std::vector<std::string> scales = present(name, {"_scale", "_scale_inv"});
-        if (leaf == "weight" && find(stem + "scale_weight")) { scales.push_back(stem + "scale_weight"); }
-        if (scales.empty()) {
+        std::vector<std::string> scales = present(name, {"_scale", "_scale_inv"}), beside, unknown;
+        if (leaf == "weight") { // "scale": DeepSeek's own code; "qscale_weight": Mistral's files
+            for (auto& more : present(stem, {"scale_weight", "scale", "qscale_weight"})) {
+                scales.push_back(std::move(more));
+            }
+            beside = present(stem, {"input_scale", "scale_input", "input_scale_ub", "qscale_act", detail::comfy_mark});
+        }
+        for (auto& more : present(name, {"_input_scale"})) { beside.push_back(std::move(more)); }
+        for (auto& other : scales_of(name)) {
+            const auto word = std::string_view(other).substr(stem.size());
+            if (names_activations(word) || std::find(scales.begin(), scales.end(), other) != scales.end()) { continue; }
+            (word.find("zero_point") != word.npos && holds_zeros(other) ? beside : unknown).push_back(std::move(other));
+        }
+        const auto format = leaf == "weight" ? comfy_format(stem) : std::string();
+        std::vector<std::string> parts{name};
+        for (const auto* const list : {&scales, &unknown, &beside}) {
+            parts.insert(parts.end(), list->begin(), list->end());
+        }
+        if (parts.size() == 1 && format.empty()) {
             bare_.push_back(name);
             return;
         }
-        std::vector<std::string> parts{name, scales[0]};
-        for (auto& more : present(stem, {"input_scale", "scale_input", "input_scale_ub"})) {
-            if (leaf == "weight") { parts.push_back(std::move(more)); }
+        scaled_ = true;
+        if (!format.empty() && format != (value.dtype == dtype::f8_e4m3 ? "float8_e4m3fn" : "float8_e5m2")) {
+            give_up(name, "is quantised by ComfyUI as '" + format + "'", parts);
+            return;
         }
-        for (auto& more : present(name, {"_input_scale"})) { parts.push_back(std::move(more)); }
+        if (scales.empty()) {
+            if (!unknown.empty()) {
+                give_up(name, "is FP8 with a scale of a name that says too little ('" + unknown[0] + "')", parts);
+                return;
+            }
+            give_up(name,
+                "is FP8 without a scale ('" + name + "_scale'), although "
+                    + (beside.empty() ? std::string("the file's header has its format")
+                                      : "'" + beside[0] + "' is there"),
+                parts, repair());
+            return;
+        }
+        scales.insert(scales.end(), unknown.begin(), unknown.end());
         if (scales.size() > 1) {
-            parts.insert(parts.end(), scales.begin() + 1, scales.end());
             give_up(name, "has two scales, '" + scales[0] + "' and '" + scales[1] + "'", parts, repair());
             return;
         }
@@ -10927,17 +11214,21 @@ private:
                 parts, repair());
             return;
         }
-        if (const auto wrong = lay_out(layer, scales[0]); !wrong.empty()) {
-            give_up(name, wrong, parts, repair());
+        need_hints();
+        if (const auto wrong = lay_out(layer, scales[0]); !wrong.what.empty()) {
+            give_up(name, wrong.what, parts, wrong.mend);
             return;
         }
-        if (element_count(layer.grid) > 1) { need_hints(); }
         layer.powers_of_two = layer.scales.dtype == dtype::f8_e8m0 || hints_.powers_of_two;
         add(std::move(layer), parts, stem);
     }
 
-    /// Blocks and grid from the shapes of codes and scales; what is wrong with them, or nothing.
-    [[nodiscard]] std::string lay_out(quantised_layer& layer, const std::string& scale_name)
+    struct fault {
+        std::string what{}, mend{};
+    };
+    /// Blocks and grid from the shapes of codes and scales; what is wrong with them, or nothing. Blocks are of the size
+    /// that the configuration says; where it says none, of 128 × 128, or of the only powers of two that fit.
+    [[nodiscard]] fault lay_out(quantised_layer& layer, const std::string& scale_name) const
     {
         const auto& shape = layer.shape;
         const auto& given = layer.scales.shape;
@@ -10946,48 +11237,73 @@ private:
         layer.grid.assign(rank, 1);
         for (std::size_t i = 0; i < rank; ++i) { layer.block[i] = std::max<std::int64_t>(1, shape[i]); }
         if (layer.scales.size() == 1) { return {}; }
-        const auto wrong = [&](const std::string& expected) {
-            return "has a scale ('" + scale_name + "') of shape " + to_string(given) + " for a weight of shape "
-                + to_string(shape) + "; expected " + expected;
-        };
         const auto ceiling = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
+        const std::string have = "has a scale ('" + scale_name + "') of shape " + to_string(given)
+            + " for a weight of shape " + to_string(shape);
         std::string choices = "[] for all of it";
         if (rank > 0) { choices += message(", [", shape[0], "] for each channel"); }
+        std::vector<extents> told, fitting; // blocks of matrices
         if (rank > 1) {
-            need_hints();
-            auto sizes = extents(rank, 1);
-            const std::int64_t usual = 128;
-            const bool told = hints_.block.size() == 2;
-            sizes[rank - 2] = told ? hints_.block[0] : usual;
-            sizes[rank - 1] = told ? hints_.block[1] : usual;
-            auto blocks = shape;
-            for (std::size_t i = 0; i < rank; ++i) { blocks[i] = ceiling(shape[i], sizes[i]); }
-            choices += message(" or ", to_string(blocks), " for blocks of ", sizes[rank - 2], " × ", sizes[rank - 1],
-                told ? " (" + hints_.file + ")" : std::string());
-            if (given == blocks) {
-                for (std::size_t i = 0; i < rank; ++i) {
-                    layer.block[i] = std::min(sizes[i], std::max<std::int64_t>(1, shape[i]));
+            for (const auto& block : hints_.more_blocks) { told.push_back(block); }
+            told.insert(told.begin(), hints_.block);
+            std::erase_if(told, [](const extents& block) { return block.size() != 2; });
+            const bool guess = told.empty();
+            for (const auto& sizes : guess ? std::vector<extents>{{128, 128}} : told) {
+                auto block = extents(rank, 1), blocks = shape;
+                for (std::size_t i = 0; i < 2; ++i) {
+                    const std::size_t d = rank - 2 + i;
+                    blocks[d] = ceiling(shape[d], sizes[i]);
+                    block[d] = std::min(sizes[i], std::max<std::int64_t>(1, shape[d]));
                 }
-                layer.grid = given;
-                return {};
+                choices += message(" or ", to_string(blocks), " for blocks of ", sizes[0], " × ", sizes[1]);
+                if (given == blocks && std::find(fitting.begin(), fitting.end(), block) == fitting.end()) {
+                    fitting.push_back(block);
+                }
             }
+            if (!guess) { choices += " (" + (hints_.key.empty() ? "" : hints_.key + " of ") + hints_.file + ")"; }
         }
-        if (rank == 0 || layer.scales.size() == 0 || element_count(shape) == 0) { return wrong(choices); }
-        auto channel = extents(rank, 1);
-        channel[0] = shape[0];
-        if (given == extents{shape[0]} || given == channel) {
-            layer.block[0] = 1;
-            layer.grid = channel;
+        const fault wrong{have + "; expected " + choices, repair()};
+        const auto unclear = [&](const extents& a, const extents& b) -> fault {
+            return {have + ", which is one of blocks of " + across(a) + " as of " + across(b),
+                R"(write the one that it is into the config.json beside the model ("quantization_config": {"weight_block_size": [rows, columns]}))"};
+        };
+        if (fitting.size() > 1) { return unclear(fitting[0], fitting[1]); }
+        if (fitting.size() == 1) {
+            layer.block = fitting[0];
+            layer.grid = given;
             return {};
         }
-        const bool told = rank == 2 && hints_.block.size() == 2;
-        if (given.size() != rank || told || (rank == 2 && given[0] == 1) || given == shape) { return wrong(choices); }
-        for (std::size_t i = 0; i < rank; ++i) {
-            if (given[i] <= 0 || shape[i] % given[i] != 0) { return wrong(choices); }
-            layer.block[i] = shape[i] / given[i];
+        if (rank == 0 || layer.scales.size() == 0 || element_count(shape) == 0) { return wrong; }
+        if (given == extents{shape[0]}) {
+            layer.block[0] = 1;
+            layer.grid[0] = shape[0];
+            return {};
         }
+        if (given.size() != rank || (rank == 2 && given[0] == 1) || given == shape) { return wrong; }
+        auto block = extents(rank, 1), other = block;
+        for (std::size_t i = 0; i < rank; ++i) {
+            const std::int64_t size = shape[i], parts = given[i];
+            if (parts <= 0 || parts > size) { return wrong; }
+            if (parts == 1 || parts == size) {
+                block[i] = other[i] = parts == 1 ? size : 1;
+                continue;
+            }
+            if (!told.empty() || i + 2 < rank) { return wrong; }
+            while (ceiling(size, block[i]) > parts) { block[i] *= 2; }
+            if (ceiling(size, block[i]) != parts) { return wrong; }
+            other[i] = size % parts == 0 ? size / parts : block[i];
+        }
+        if (block != other) { return unclear(block, other); }
+        layer.block = block;
         layer.grid = given;
         return {};
+    }
+    /// "64 × 32"
+    [[nodiscard]] static std::string across(const extents& block)
+    {
+        std::string text;
+        for (std::size_t i = 0; i < block.size(); ++i) { text += (i ? " × " : "") + std::to_string(block[i]); }
+        return text;
     }
 
     void add(quantised_layer layer, const std::vector<std::string>& parts, const std::string& stem)
@@ -11017,17 +11333,44 @@ private:
     /// Scales without weights, FP8 without scales, and what belongs to no one layer.
     void find_leftovers()
     {
-        const bool scaled = !layers_.empty() || find("scaled_fp8");
+        const bool scaled = scaled_ || !layers_.empty() || find("scaled_fp8");
         for (const auto& name : bare_) {
-            if (!scaled) { continue; } // numbers as they are
-            give_up(name, "is FP8 without a scale ('" + name + "_scale'), which other layers of the model have", {name},
-                repair());
+            if (taken_.contains(name)) { continue; }
+            need_hints();
+            const auto listed = std::find_if(hints_.absent.begin(), hints_.absent.end(),
+                [&](const std::string& other) { return is_scale_of(other, name); });
+            const std::string lost = "is FP8 without a scale ('" + name + "_scale'), which ";
+            if (listed != hints_.absent.end()) {
+                give_up(name, "is FP8 without its scale ('" + *listed + "'), which the index lists and no file has",
+                    {name}, repair());
+            }
+            else if (scaled) {
+                give_up(name, lost + "other layers of the model have", {name}, repair());
+            }
+            else if (hints_.scaled_fp8) {
+                give_up(
+                    name, lost + "layers have by what '" + hints_.file + "' says of quantisation", {name}, repair());
+            } // else: numbers as they are
         }
         for (const auto& [name, value] : *stored_) {
             if (taken_.contains(name)) { continue; }
             const std::string stem(layer_stem(name));
             const auto leaf = std::string_view(name).substr(stem.size());
-            if (leaf == "weight_scale" || leaf == "weight_scale_inv" || leaf == "scale_weight") {
+            if (leaf == detail::comfy_mark) {
+                const auto weight = find(stem + "weight");
+                std::vector<std::string> parts{name};
+                if (weight) {
+                    for (auto& more : scales_of(stem + "weight")) { parts.push_back(std::move(more)); }
+                    parts.insert(parts.begin(), stem + "weight");
+                }
+                give_up(stem + "weight",
+                    "is quantised by ComfyUI as '" + comfy_format(stem) + "' ('" + name + "'), and "
+                        + (weight ? "its tensor is " + std::string(to_string(weight->dtype)) : "has no codes"),
+                    std::move(parts), repair());
+                continue;
+            }
+            if (leaf == "weight_scale" || leaf == "weight_scale_inv" || leaf == "scale_weight"
+                || leaf == "qscale_weight") {
                 const auto weight = find(stem + "weight");
                 if (weight && !scaled && is_storage(weight->dtype)) { continue; } // a parameter of that name
                 if (weight && is_storage(weight->dtype)) {
@@ -11043,7 +11386,7 @@ private:
             }
             if (!scaled) { continue; }
             for (const std::string_view word : {"scaled_fp8", "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale",
-                     "output_scale", "input_scale", "scale_input"}) {
+                     "output_scale", "input_scale", "scale_input", "qscale_act"}) {
                 if (leaf == word) {
                     beside_.insert(name, value);
                     read_.insert(name);
@@ -11060,32 +11403,93 @@ private:
     std::vector<unread_layer> unread_;
     std::vector<std::string> bare_;
     std::set<std::string> taken_, read_; // names that are settled, and those that the model has no more
+    std::unordered_map<std::string, std::vector<std::string>> leaves_; // by stem
+    bool scaled_ = false; // FP8 with a scale, or what goes with one
     const_model_ref model_, beside_;
 };
 
+/// A regular expression (formats/name_pattern.hpp) that matches these names, which share a stem, and no others.
+[[nodiscard]] inline std::string pattern_of(const std::vector<std::string>& names)
+{
+    if (names.empty()) { return {}; }
+    std::string stem(layer_stem(names[0]));
+    for (const auto& name : names) {
+        while (!name.starts_with(stem)) {
+            stem.pop_back();
+            stem.resize(layer_stem(stem).size());
+        }
+    }
+    const auto literally = [](std::string_view text) {
+        std::string result;
+        for (const char c : text) {
+            if (std::string_view("\\^$.|?*+()[]{}").find(c) != std::string_view::npos) { result += '\\'; }
+            result += c;
+        }
+        return result;
+    };
+    std::string choices;
+    for (const auto& name : names) { choices += (choices.empty() ? "" : "|") + literally(name.substr(stem.size())); }
+    return "^" + literally(stem) + (names.size() > 1 ? "(" + choices + ")" : choices) + "$";
+}
+
+namespace detail {
+/// "exclude the whole layer (--exclude '^l\.(weight|weight_scale)$')", by the layer's name and those of its tensors.
+[[nodiscard]] inline std::string way_to_exclude(const std::string& name, std::vector<std::string> parts)
+{
+    const auto stem = layer_stem(name);
+    const bool sibling = !parts.empty() && layer_stem(parts[0]) == stem && !stem.empty();
+    if (sibling && std::find(parts.begin(), parts.end(), name) == parts.end()) { parts.insert(parts.begin(), name); }
+    return "exclude the whole layer (--exclude '" + pattern_of(parts) + "')";
+}
+} // namespace detail
+
 /// Throws for layers that are not read and take part: format_error by the layer's name, saying what to do; for one of
 /// which `include` leaves some tensors and not others, invalid_argument (a layer is excluded whole). `include`: empty
-/// where all do. `file`: for messages.
-inline void refuse_unread(
-    const quantised_layers& layers, const callback<bool(std::string_view)>& include, const std::string& file)
+/// where all do. `file`: for messages. `excludable`: whether whoever calls could have left layers out.
+inline void refuse_unread(const quantised_layers& layers, const callback<bool(std::string_view)>& include,
+    const std::string& file, bool excludable = true)
 {
     for (const auto& layer : layers.unread()) {
-        std::size_t in = 0;
-        const std::string* excluded = nullptr;
-        for (const auto& part : layer.parts) {
-            if (!include || include(part)) { ++in; }
-            else {
-                excluded = &part;
-            }
-        }
-        if (in == 0) { continue; }
-        if (excluded) {
+        std::vector<std::string> in, out;
+        for (const auto& part : layer.parts) { (!include || include(part) ? in : out).push_back(part); }
+        if (in.empty()) { continue; }
+        const auto way = detail::way_to_exclude(layer.name, layer.parts);
+        if (!out.empty()) {
+            std::string rest;
+            for (const auto& part : in) { rest += (rest.empty() ? "'" : ", '") + part + "'"; }
             raise<invalid_argument>(error_code::layer_split,
-                message("'", file, "': tensor '", *excluded, "' is excluded, and it is part of layer '", layer.name,
-                    "', which ", layer.what, ": exclude the whole layer, or nothing of it"));
+                message("'", file, "': tensor '", out[0], "' is excluded and ", rest, in.size() > 1 ? " are" : " is",
+                    " not, parts of layer '", layer.name, "', which ", layer.what, ": ", way, ", or nothing of it"));
         }
-        raise<format_error>(
-            error_code::quantised_layer, message("layer '", layer.name, "' ", layer.what, ": ", layer.mend), file);
+        raise<format_error>(error_code::quantised_layer,
+            message("layer '", layer.name, "' ", layer.what, ": ", layer.mend, excludable ? ", or " + way : ""), file);
+    }
+}
+
+/// Throws format_error where a tensor that takes part is FP8 without a scale in one model and a layer in scaled FP8 in
+/// another, of whose `layers` that is one: its scale was lost, and its codes are no numbers. `include`: empty where all
+/// take part. `file` and `other_file`: for messages.
+///
+///     refuse_unscaled(task.model(), base.model(), *base.layers(), {}, "task", "base");
+inline void refuse_unscaled(const const_model_ref& model, const const_model_ref& other, const quantised_layers& layers,
+    const callback<bool(std::string_view)>& include, const std::string& file, const std::string& other_file)
+{
+    std::unordered_map<const operand_source*, const quantised_layer*> scaled;
+    for (const auto& tensor : layers.layers()) {
+        if (tensor.layer().scheme == quantisation::fp8) { scaled.emplace(&tensor, &tensor.layer()); }
+    }
+    if (scaled.empty()) { return; }
+    for (const auto& [name, tensor] : model) {
+        if (tensor.source || !is_fp8(tensor.dtype) || (include && !include(name))) { continue; }
+        const auto* const there = other.find(name);
+        const auto place = there && there->source ? scaled.find(there->source) : scaled.end();
+        if (place == scaled.end()) { continue; }
+        const auto& layer = *place->second;
+        raise<format_error>(error_code::quantised_layer,
+            message("layer '", name, "' is FP8 without a scale, which it has in '", other_file, "' ('",
+                layer_stem(layer.name), layer.parts[1].leaf, "'): fetch the file again, or ",
+                detail::way_to_exclude(name, {name})),
+            file);
     }
 }
 
@@ -11127,12 +11531,15 @@ enum class index_check : std::uint8_t {
 /// A model on disk: the maps of its files, and the tensors in them by name. Move-only; views stay valid when it moves.
 class checkpoint {
 public:
-    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty.
+    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty. `absent`:
+    /// names that its index lists and no file has.
     checkpoint(std::filesystem::path path, std::vector<safetensors_file> files,
-        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {})
+        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {},
+        std::vector<std::string> absent = {})
         : path_(std::move(path))
         , files_(std::move(files))
         , notes_(std::move(notes))
+        , absent_(std::move(absent))
     {
         struct item {
             const safetensors_file* file;
@@ -11177,6 +11584,8 @@ public:
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
     /// What whoever opened it should know: sentences without a full stop.
     [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    /// Tensors that its index lists and no file has: none, unless it was opened leniently.
+    [[nodiscard]] const std::vector<std::string>& absent() const noexcept { return absent_; }
     /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
     /// (views of its own files do).
     void set_model(const_model_ref model) { model_ = std::move(model); }
@@ -11199,7 +11608,7 @@ public:
 private:
     std::filesystem::path path_;
     std::vector<safetensors_file> files_;
-    std::vector<std::string> notes_;
+    std::vector<std::string> notes_, absent_;
     const_model_ref model_, stored_;
     std::shared_ptr<const quantised_layers> layers_;
     metadata_map metadata_;
@@ -11463,7 +11872,7 @@ struct model_directory {
     const auto index = read_index(index_path);
     const bool strict = how == index_check::strict;
     std::vector<safetensors_file> files;
-    std::vector<std::string> names, notes;
+    std::vector<std::string> names, notes, absent;
     std::map<std::string_view, std::size_t> expected;
     for (const auto& [name, shard] : index) { ++expected[shard]; }
     std::error_code ignored;
@@ -11477,6 +11886,9 @@ struct model_directory {
                     path.string());
             }
             notes.push_back(message("'", path.string(), "': ", what));
+            for (const auto& [name, where] : index) {
+                if (where == shard) { absent.push_back(name); }
+            }
             continue;
         }
         auto& file = files.emplace_back(open_weights(directory / shard, notes));
@@ -11503,6 +11915,7 @@ struct model_directory {
                     what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
             }
             notes.push_back(message("'", file.path().string(), "' ", what));
+            absent.push_back(name);
         }
     }
     for (const auto& shard : shards_beside(directory, expected)) {
@@ -11522,7 +11935,7 @@ struct model_directory {
         const auto place = index.find(entry.name);
         return place == index.end() || place->second == names[f];
     };
-    return {path, std::move(files), take, std::move(notes)};
+    return {path, std::move(files), take, std::move(notes), std::move(absent)};
 }
 
 } // namespace detail
@@ -11634,7 +12047,13 @@ namespace detail {
 inline checkpoint open_model(const std::filesystem::path& path, index_check how)
 {
     auto model = detail::open_stored(path, how);
-    model.read_layers(hints_beside(path));
+    model.read_layers([&] {
+        auto hints = hints_beside(path)();
+        hints.absent = model.absent();
+        const auto formats = model.metadata().find(std::string(detail::comfy_metadata_key));
+        if (formats != model.metadata().end()) { hints.formats = detail::comfy_formats(formats->second); }
+        return hints;
+    });
     return model;
 }
 

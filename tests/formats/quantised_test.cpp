@@ -4,6 +4,7 @@
 #include <taskvec/core/random.hpp>
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/formats/name_pattern.hpp>
 #include <taskvec/formats/quantising_sink.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -203,7 +204,8 @@ TEST_CASE("scaled FP8: codes times scales, by tensor, channel and block, under e
         CAPTURE(to_string(how.scales));
         for (const auto codes : {dtype::f8_e4m3, dtype::f8_e5m2}) {
             for (const auto scales : {dtype::f32, dtype::bf16, dtype::f8_e8m0}) {
-                for (const std::string name : {"l.weight_scale", "l.weight_scale_inv", "l.scale_weight"}) {
+                for (const std::string name :
+                    {"l.weight_scale", "l.weight_scale_inv", "l.scale_weight", "l.scale", "l.qscale_weight"}) {
                     fp8_layer made;
                     make(made, how, codes, scales, random, name);
                     const quantised_layers layers(made.stored.model());
@@ -239,8 +241,191 @@ TEST_CASE("block sizes come from the configuration, where it says them")
     spill(folder / "config.json",
         R"({"quantization_config": {"config_groups": {"group_0": {"weights": {"block_structure": [16, 8]}}}}})");
     CHECK(read_quantisation_hints(folder / "config.json").block == extents{16, 8});
-    spill(folder / "config.json", R"({"quantization_config": {"weight_block_size": [0, 32]}})");
-    CHECK_THROWS_AS((void)read_quantisation_hints(folder / "config.json"), format_error);
+    for (const std::string wrong : {"[0, 32]", "[]", "64", R"("64x")", R"("x64")", R"("64 by 64")", R"("0x64")"}) {
+        CAPTURE(wrong);
+        spill(folder / "config.json", R"({"quantization_config": {"weight_block_size": )" + wrong + "}}");
+        CHECK_THROWS_AS((void)read_quantisation_hints(folder / "config.json"), format_error);
+    }
+}
+
+TEST_CASE("what a configuration says of quantisation is found in each spelling, at any depth")
+{
+    const scratch folder;
+    const auto hints = [&](const std::string& config) {
+        spill(folder / "config.json", config);
+        return read_quantisation_hints(folder / "config.json");
+    };
+    const auto group = [](const std::string& weights) {
+        return R"({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {)" + weights
+            + "}}}}";
+    };
+    const std::string floating = R"("num_bits": 8, "type": "float", )";
+    struct spelling {
+        std::string config;
+        extents block;
+        bool scaled;
+        std::string key;
+    };
+    const std::string in_group = "quantization_config.config_groups.group_0.weights.";
+    for (const auto& said :
+        std::vector<spelling>{{R"({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 32]}})",
+                                  {64, 32}, true, "quantization_config.weight_block_size"},
+            {R"({"quantization_config": {"quant_method": "fp8", "weight_block_size": null}})", {}, true, ""},
+            {R"({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}})", {}, true, ""},
+            {R"({"quantization_config": {"quant_method": "gptq", "bits": 4}})", {}, false, ""},
+            {R"({"text_config": {"quantization_config": {"weight_block_size": [64, 32]}}})", {64, 32}, false,
+                "text_config.quantization_config.weight_block_size"},
+            {R"({"a": {"b": {"compression_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}}})", {8, 8},
+                true, "a.b.compression_config.weight_block_size"},
+            {R"({"quantization_config": )" + group(floating + R"("block_structure": [16, 8])") + "}", {16, 8}, true,
+                in_group + "block_structure"},
+            {R"({"quantization_config": )" + group(floating + R"("block_structure": "16x8")") + "}", {16, 8}, true,
+                in_group + "block_structure"},
+            {R"({"quantization_config": )" + group(floating + R"("strategy": "group", "group_size": 64)") + "}",
+                {1, 64}, true, in_group + "group_size"},
+            {R"({"quantization_config": )" + group(floating + R"("strategy": "channel", "group_size": null)") + "}", {},
+                true, ""},
+            {R"({"quantization_config": )" + group(R"("num_bits": 4, "type": "float", "group_size": 16)") + "}", {},
+                false, ""},
+            {R"({"compression_config": )" + group(floating + R"("block_structure": [16, 8])") + "}", {16, 8}, true,
+                "compression_config.config_groups.group_0.weights.block_structure"},
+            {R"({"model_type": "x", "text_config": {}})", {}, false, ""}}) {
+        CAPTURE(said.config);
+        const auto found = hints(said.config);
+        CHECK(found.block == said.block);
+        CHECK(found.scaled_fp8 == said.scaled);
+        CHECK(found.key == said.key);
+    }
+    const auto several = hints(
+        R"({"quantization_config": {"weight_block_size": [128, 128], "config_groups": {"a": {"weights": {"block_structure": "64x64"}}}}})");
+    CHECK(several.block == extents{128, 128});
+    CHECK(several.more_blocks == std::vector<extents>{{64, 64}});
+}
+
+TEST_CASE("blocks cut at the edges: as the configuration says, or the only power of two, or none")
+{
+    random_words random("cut blocks");
+    const auto check = [&](const fp8_case& how, quantisation_hints hints) {
+        CAPTURE(to_string(how.shape));
+        CAPTURE(to_string(how.scales));
+        fp8_layer made;
+        make(made, how, dtype::f8_e4m3, dtype::f32, random);
+        hints.file = "config.json";
+        const quantised_layers layers(made.stored.model(), [&] { return hints; });
+        REQUIRE(layers.unread().empty());
+        check_runs(layers.model()[0].tensor, made.expected, random);
+    };
+    const auto wrong = [&](const extents& shape, const extents& scales, quantisation_hints hints) {
+        owned_model stored;
+        stored.add("l.weight", dtype::f8_e4m3, shape, std::string(element_count(shape), '\x38'));
+        stored.add("l.weight_scale", scales, std::vector<float>(element_count(scales), 1));
+        const quantised_layers layers(stored.model(), [&] { return hints; });
+        REQUIRE(layers.unread().size() == 1);
+        CHECK(layers.unread()[0].name == "l.weight");
+        return layers.unread()[0].what + ": " + layers.unread()[0].mend;
+    };
+    // Said: none of these shapes is a multiple of the block, and most would split evenly into as many.
+    for (const auto& how : std::vector<fp8_case>{{{96, 96}, {2, 2}, 64, 64}, {{100, 100}, {2, 2}, 64, 64},
+             {{192, 192}, {2, 3}, 128, 64}, {{200, 150}, {4, 5}, 64, 32}, {{1000, 1000}, {4, 4}, 256, 256},
+             {{200, 150}, {200, 3}, 1, 64}, {{100, 90}, {3, 2}, 48, 48}}) {
+        check(how, {.block = {how.rows, how.columns}});
+        check(how, {.block = {512, 512}, .more_blocks = {{how.rows, how.columns}}});
+    }
+    check({{200, 150}, {200, 1}, 1, 150}, {.block = {64, 32}}); // channels beside a block of other layers
+    check({{3, 4, 8}, {3, 4, 1}, 1, 8}, {.block = {64, 32}}); // of experts
+    // Not said.
+    for (const auto& how : std::vector<fp8_case>{{{101, 99}, {2, 2}, 64, 64}, {{130, 151}, {3, 5}, 64, 32},
+             {{1001, 1001}, {4, 4}, 256, 256}, {{192, 128}, {3, 2}, 64, 64}, {{300, 200}, {3, 2}, 128, 128},
+             {{3, 4, 8}, {3, 4, 1}, 1, 8}, {{3, 4, 8}, {3, 1, 1}, 4, 8}, {{3, 4, 8}, {3}, 4, 8}}) {
+        check(how, {});
+    }
+    const auto is_in = [](const std::string& text, const std::string& part) {
+        return text.find(part) != std::string::npos;
+    };
+    auto text = wrong({96, 96}, {2, 2}, {});
+    CHECK(is_in(text, "shape [2, 2] for a weight of shape [96, 96], which is one of blocks of 64 × 64 as of 48 × 48"));
+    CHECK(is_in(text, "weight_block_size"));
+    CHECK(is_in(wrong({1000, 1000}, {4, 4}, {}), "256 × 256 as of 250 × 250"));
+    CHECK(is_in(wrong({100, 100}, {6, 6}, {}), "[1, 1] for blocks of 128 × 128"));
+    CHECK(is_in(wrong({3, 100, 99}, {2, 2, 2}, {}), "[3, 1, 1] for blocks of 128 × 128"));
+    // Said otherwise, and by two sizes that both fit.
+    CHECK(is_in(wrong({96, 96}, {2, 2}, {.block = {32, 32}, .file = "config.json", .key = "quantization_config.x"}),
+        "[3, 3] for blocks of 32 × 32 (quantization_config.x of config.json)"));
+    CHECK(is_in(wrong({96, 96}, {2, 2}, {.block = {64, 64}, .more_blocks = {{48, 48}}}), "64 × 64 as of 48 × 48"));
+}
+
+TEST_CASE("FP8 whose scale was lost is no numbers where anything says that it had one")
+{
+    const auto bare = [](owned_model& m) {
+        m.add("l.weight", dtype::f8_e4m3, {2, 2}, "\x38\x38\x38\x38");
+        m.add("norm", {2}, {1, 2});
+    };
+    owned_model stored;
+    bare(stored);
+    const auto what = [&](const quantisation_hints& hints) {
+        const quantised_layers layers(stored.model(), [&] { return hints; });
+        if (layers.unread().empty()) { return std::string(); }
+        CHECK(layers.unread()[0].name == "l.weight");
+        return layers.unread()[0].what;
+    };
+    CHECK(what({}).empty());
+    CHECK(what({.block = {64, 64}, .file = "config.json"}).empty());
+    CHECK(what({.absent = {"k.weight_scale", "l.bias", "l.weight.x"}}).empty());
+    CHECK(what({.file = "config.json", .scaled_fp8 = true})
+        == "is FP8 without a scale ('l.weight_scale'), which layers have by what 'config.json' says of quantisation");
+    for (const std::string name : {"l.weight_scale", "l.weight_scale_inv", "l.scale", "l.qscale_weight"}) {
+        CHECK(what({.absent = {"k.weight", name}})
+            == "is FP8 without its scale ('" + name + "'), which the index lists and no file has");
+    }
+    CHECK(what({.formats = {{"l", "float8_e4m3fn"}}}).find("the file's header") != std::string::npos);
+
+    owned_model whole, other;
+    bare(whole);
+    whole.add("l.weight_scale", {}, {0.5f});
+    other.add("l.weight", {2, 2}, {1, 1, 1, 1});
+    other.add("norm", {2}, {1, 2});
+    const quantised_layers scaled(whole.model()), lost(stored.model()), numbers(other.model());
+    const auto alike = [&](const quantised_layers& a, const quantised_layers& b,
+                           const callback<bool(std::string_view)>& include = {}) -> std::string {
+        try {
+            refuse_unscaled(a.model(), b.model(), b, include, "a", "b");
+        }
+        catch (const format_error& failure) {
+            return failure.what();
+        }
+        return "";
+    };
+    CHECK(alike(lost, scaled).find("a: layer 'l.weight' is FP8 without a scale, which it has in 'b' ('l.weight_scale')")
+        == 0);
+    CHECK(alike(lost, scaled).find(R"(--exclude '^l\.weight$')") != std::string::npos);
+    CHECK(alike(lost, scaled, [](std::string_view name) { return name != "l.weight"; }).empty());
+    CHECK(alike(scaled, lost).empty());
+    CHECK(alike(numbers, scaled).empty());
+    CHECK(alike(lost, numbers).empty());
+}
+
+TEST_CASE("ComfyUI's marks are parts of their layers, and what they name has to be what is read")
+{
+    random_words random("comfy");
+    const auto with_mark = [&](dtype type, const std::string& format, const quantisation_hints& hints, bool beside) {
+        fp8_layer made;
+        make(made, {{4, 4}, {}, 4, 4}, type, dtype::f32, random);
+        const std::string mark = R"({"format": ")" + format + R"("})";
+        if (beside) { made.stored.add("l.comfy_quant", dtype::u8, {static_cast<std::int64_t>(mark.size())}, mark); }
+        const quantised_layers layers(made.stored.model(), [&] { return hints; });
+        if (!layers.unread().empty()) { return layers.unread()[0].name + " " + layers.unread()[0].what; }
+        REQUIRE(layers.model().size() == 1);
+        check_runs(layers.model()[0].tensor, made.expected, random);
+        CHECK(layers.layers()[0].layer().parts.size() == (beside ? 3u : 2u));
+        return std::string();
+    };
+    CHECK(with_mark(dtype::f8_e4m3, "float8_e4m3fn", {}, true).empty());
+    CHECK(with_mark(dtype::f8_e5m2, "float8_e5m2", {}, true).empty());
+    CHECK(with_mark(dtype::f8_e4m3, "mxfp8", {}, true) == "l.weight is quantised by ComfyUI as 'mxfp8'");
+    CHECK(with_mark(dtype::f8_e4m3, "", {.formats = {{"l", "float8_e4m3fn"}}}, false).empty());
+    CHECK(with_mark(dtype::f8_e4m3, "", {.formats = {{"k", "nvfp4"}}}, false).empty());
+    CHECK(with_mark(dtype::f8_e4m3, "", {.formats = {{"l", "nvfp4"}}}, false)
+        == "l.weight is quantised by ComfyUI as 'nvfp4'");
 }
 
 TEST_CASE("MXFP4 and NVFP4: nibbles, low first, times the scale of their group")
@@ -483,6 +668,84 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
                 m.add("q.weight_global_scale", {1}, {1});
             },
             "q.weight", "expected [2, 1]"},
+        {"a scale and another",
+            [&](owned_model& m) {
+                f32_scale({}, {1})(m);
+                m.add("l.weight_scale_2", {}, {1});
+            },
+            "l.weight", "two scales, 'l.weight_scale' and 'l.weight_scale_2'"},
+        {"a lost scale, by that of the inputs",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
+                m.add("l.input_scale", {}, {1});
+            },
+            "l.weight", "without a scale ('l.weight_scale'), although 'l.input_scale' is there"},
+        {"Marlin 2:4",
+            [&](owned_model& m) {
+                i32(m, "q.weight_packed", {8, 2});
+                m.add("q.scale_packed", {1, 8}, std::vector<float>(8, 1));
+                m.add("q.meta", dtype::i16, {8, 2}, std::string(32, '\1'));
+            },
+            "q", "Marlin 2:4"},
+        {"Marlin",
+            [&](owned_model& m) {
+                i32(m, "q.B", {8, 2});
+                m.add("q.s", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "(Marlin)"},
+        {"EXL2",
+            [&](owned_model& m) {
+                i32(m, "q.q_weight", {8, 16});
+                i32(m, "q.q_scale", {1, 2});
+                m.add("q.q_scale_max", {1}, {1});
+                m.add("q.q_groups", dtype::i16, {2}, std::string(4, '\1'));
+            },
+            "q", "ExLlamaV2"},
+        {"AQLM",
+            [&](owned_model& m) {
+                m.add("q.codes", dtype::i8, {8, 2, 1}, codes);
+                m.add("q.codebooks", {1, 4, 1, 8}, std::vector<float>(32, 1));
+                m.add("q.scales", {8, 1, 1, 1}, std::vector<float>(8, 1));
+            },
+            "q", "AQLM"},
+        {"QuIP#",
+            [&](owned_model& m) {
+                m.add("q.Qidxs", dtype::i16, {4, 2}, codes);
+                m.add("q.SU", {16}, std::vector<float>(16, 1));
+                m.add("q.SV", {8}, std::vector<float>(8, 1));
+            },
+            "q", "QuIP#"},
+        {"NVFP4 experts",
+            [&](owned_model& m) {
+                m.add("e.up", dtype::u8, {2, 1, 8}, codes);
+                m.add("e.up_weight_scale", dtype::f8_e4m3, {2, 1, 1}, "\x38\x38");
+                m.add("e.up_weight_scale_2", {2}, {1, 2});
+                m.add("e.up_input_scale", {2}, {1, 2});
+            },
+            "e.up", "to U8 with scales ('e.up_weight_scale')"},
+        {"integers with scales of another name",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::i8, {4, 4}, codes);
+                m.add("q.scales", {4, 1}, {1, 1, 1, 1});
+                m.add("q.zero_points", dtype::i8, {4}, "\1\1\1\1");
+            },
+            "q.weight", "to I8 with scales ('q.scales')"},
+        {"NVFP4 in ComfyUI's order",
+            [&](owned_model& m) {
+                const std::string mark = R"({"format": "nvfp4"})";
+                m.add("q.weight", dtype::u8, {2, 8}, codes);
+                m.add("q.weight_scale", dtype::f8_e4m3, {2, 1}, "\x38\x38");
+                m.add("q.weight_scale_2", {}, {1});
+                m.add("q.comfy_quant", dtype::u8, {static_cast<std::int64_t>(mark.size())}, mark);
+            },
+            "q.weight", "by ComfyUI as 'nvfp4'"},
+        {"ComfyUI's mark of numbers",
+            [&](owned_model& m) {
+                const std::string mark = R"({"format": "float8_e4m3fn"})";
+                m.add("q.weight", {1}, {1});
+                m.add("q.comfy_quant", dtype::u8, {static_cast<std::int64_t>(mark.size())}, mark);
+            },
+            "q.weight", "by ComfyUI as 'float8_e4m3fn' ('q.comfy_quant'), and its tensor is F32"},
         {"MXFP4 with a NaN",
             [&](owned_model& m) {
                 m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes);
@@ -491,10 +754,22 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
             "q.up", "the scale nan"},
         {"MXFP4 without scales", [&](owned_model& m) { m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes); }, "q.up",
             "without scales"}};
-    for (const auto& fault : faults) {
-        CAPTURE(fault.what);
+    auto all = faults;
+    for (const std::string name : {"l.scales", "l.scale_inv", "l.weight.scale", "l.weight_s", "l.weight_scale_2",
+             "l.weight_global_scale", "l.s", "l.weight_zero_point"}) {
+        all.push_back({"a scale of another name",
+            [&codes, name](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
+                m.add(name, {1}, {1});
+            },
+            "l.weight", "a scale of a name that says too little ('" + name + "')"});
+    }
+    for (const auto& fault : all) {
+        CAPTURE(fault.words);
         owned_model stored;
         fault.make(stored);
+        stored.add("z.norm", {2}, {1, 2});
+        stored.add("l.bias", {2}, {1, 2});
         const quantised_layers layers(stored.model());
         REQUIRE(layers.unread().size() == 1);
         const auto& found = layers.unread()[0];
@@ -514,6 +789,18 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
         };
         CHECK(refused({}).find("m.safetensors: layer '" + fault.layer + "' ") == 0);
         const auto& parts = found.parts;
+        { // what the message gives as the way to exclude the layer is that, and leaves all else
+            const auto text = refused({});
+            const std::string option = "(--exclude '";
+            const auto first = text.find(option) + option.size(), last = text.find("')", first);
+            REQUIRE(first > option.size());
+            const name_pattern pattern(text.substr(first, last - first));
+            CHECK(refused([&](std::string_view name) { return !pattern.occurs_in(name); }).empty());
+            for (const auto& [name, value] : stored.model()) {
+                CHECK(pattern.occurs_in(name)
+                    == (std::find(parts.begin(), parts.end(), name) != parts.end() || name == found.name));
+            }
+        }
         const auto listed = [&](std::string_view name) {
             return std::find(parts.begin(), parts.end(), name) != parts.end();
         };
@@ -532,9 +819,32 @@ TEST_CASE("what is not quantised stays as it is")
     stored.add("l.weight", {2}, {1, 2});
     stored.add("l.weight_scale", {}, {3}); // a parameter that happens to be called so
     stored.add("input_scale", {}, {3});
+    stored.add("k.weight", dtype::f8_e4m3, {2, 2}, "\x38\x38\x38\x38"); // and beside what is no scale of it
+    stored.add("k.bias", {2}, {1, 2});
+    stored.add("k.k_scale", {}, {3});
+    stored.add("k.norm.scale", {}, {3});
+    stored.add("logit_scale", {}, {3});
+    stored.add("ids", dtype::i64, {1, 2}, std::string(16, '\1'));
+    stored.add("q.zero_point", dtype::i32, {2, 1}, std::string(8, '\1')); // of a fake quantiser
+    stored.add("q.scale", {}, {3});
     const quantised_layers layers(stored.model());
     CHECK(!layers.any());
-    CHECK(layers.model().size() == 4);
+    CHECK(layers.model().size() == 12);
+}
+
+TEST_CASE("scales are told apart by the longest name that they continue")
+{
+    owned_model stored;
+    const std::string codes(4, '\x38');
+    for (const std::string name : {"e.gate", "e.gate_up_proj", "l.bias", "l.weight"}) {
+        stored.add(name, dtype::f8_e4m3, {2, 2}, codes);
+        stored.add(name + "_scale", {}, {0.5f});
+    }
+    stored.add("l.weight_zero_point", dtype::i8, {}, std::string(1, '\0'));
+    const quantised_layers layers(stored.model());
+    CHECK(layers.unread().empty());
+    REQUIRE(layers.model().size() == 4);
+    for (const auto& [name, tensor] : layers.model()) { CHECK(all_of(tensor) == std::vector<float>(4, 0.5f)); }
 }
 
 TEST_CASE("markers and scales of inputs go with their layers, and are no tensors to merge")

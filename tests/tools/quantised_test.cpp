@@ -45,14 +45,15 @@ stored_tensor floats(taskvec::extents shape, const std::vector<float>& values)
     return {taskvec::dtype::f32, std::move(shape),
         std::string(reinterpret_cast<const char*>(values.data()), 4 * values.size())};
 }
-void write_stored(const std::filesystem::path& path, const stored_model& model)
+void write_stored(
+    const std::filesystem::path& path, const stored_model& model, const taskvec::metadata_map& metadata = {})
 {
     std::filesystem::create_directories(path.parent_path());
     taskvec::const_model_ref views;
     for (const auto& [name, tensor] : model) {
         views.insert(name, taskvec::const_tensor_ref{tensor.bytes.data(), tensor.dtype, tensor.shape});
     }
-    taskvec::write_safetensors(path, views, {}, taskvec::durability::process);
+    taskvec::write_safetensors(path, views, metadata, taskvec::durability::process);
 }
 stored_model read_stored(const std::filesystem::path& path)
 {
@@ -577,6 +578,264 @@ TEST_CASE("layers that nothing reads, and damaged ones, are refused by name in e
     CHECK(refuses(run(folder, {"merge", "--method", "average", "--task", "c.safetensors", "--out", "n"}),
         {"c.safetensors: layer 'l.weight' has the scale nan", "expected a positive number"}));
     CHECK_FALSE(std::filesystem::exists(folder / "n"));
+}
+
+/// A model of one layer of 4 × 4 codes, which all are `code`, and a norm.
+stored_model one_layer(char code, const stored_model& more = {})
+{
+    stored_model model{
+        {"l.weight", {taskvec::dtype::f8_e4m3, {4, 4}, std::string(16, code)}}, {"norm", floats({2}, {1, 2})}};
+    model.insert(more.begin(), more.end());
+    return model;
+}
+constexpr char code_of_1 = '\x38', code_of_16th = '\x18'; // in E4M3
+
+TEST_CASE("FP8 that lost its scale is refused where another model, the configuration or the index has it")
+{
+    const scratch folder;
+    write_stored(folder / "scaled.safetensors", one_layer(code_of_1, {{"l.weight_scale", floats({}, {0.5f})}}));
+    write_stored(folder / "lost.safetensors", one_layer(code_of_1));
+    write_stored(folder / "also.safetensors", one_layer(code_of_1));
+    const words average{"merge", "--method", "average", "--out", "o.safetensors"};
+    const words said{"lost.safetensors: layer 'l.weight' is FP8 without a scale",
+        "in 'scaled.safetensors' ('l.weight_scale')", "[quantised-layer]"};
+    CHECK(refuses(run(folder, with(average, {"--task", "scaled.safetensors", "--task", "lost.safetensors"})), said));
+    CHECK(refuses(run(folder, with(average, {"--task", "lost.safetensors", "--task", "scaled.safetensors"})), said));
+    for (const words& verb :
+        std::vector<words>{{"merge", "--method", "ties", "--out", "o"}, {"similarity"}, {"prune", "--out", "o"},
+            {"extract-lora", "--rank", "1", "--out", "o"}, {"peru-fft", "--method", "ties", "--out", "o"}}) {
+        CAPTURE(verb[0]);
+        CHECK(refuses(run(folder, with(verb, {"--base", "scaled.safetensors", "--task", "lost.safetensors"})), said));
+    }
+    // Under the names that the models are lined up by.
+    CHECK(refuses(run(folder,
+                      with(average,
+                          {"--task", "scaled.safetensors", "--rename", "^l=k", "--task", "lost.safetensors", "--rename",
+                              "^l=k"})),
+        {"layer 'k.weight'", "('l.weight_scale')"}));
+    // Without the layer, and where no model has a scale, it goes on.
+    const auto both = with(average, {"--task", "scaled.safetensors", "--task", "lost.safetensors"});
+    REQUIRE(run(folder, with(both, {"--exclude", R"(^l\.weight$)"})).code == 0);
+    CHECK(read_stored(folder / "o.safetensors") == read_stored(folder / "scaled.safetensors"));
+    REQUIRE(run(folder, with(average, {"--task", "also.safetensors", "--task", "lost.safetensors"})).code == 0);
+    CHECK(read_stored(folder / "o.safetensors").at("l.weight") == floats({4, 4}, std::vector<float>(16, 1)));
+
+    for (const std::string config : {R"({"quantization_config": {"quant_method": "fp8"}})",
+             R"({"text_config": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}})"}) {
+        CAPTURE(config);
+        write_stored(folder / "m/model.safetensors", one_layer(code_of_1));
+        spill(folder / "m/config.json", config);
+        CHECK(refuses(run(folder, {"merge", "--method", "average", "--task", "m", "--out", "om"}),
+            {"m: layer 'l.weight' is FP8 without a scale ('l.weight_scale')", "m/config.json", R"(^l\.weight$)"}));
+    }
+    // An index that lists the scale, whose shard lacks it or is not there.
+    write_stored(folder / "i/model-00001-of-00002.safetensors", one_layer(code_of_1));
+    for (const bool there : {false, true}) {
+        if (there) { write_stored(folder / "i/model-00002-of-00002.safetensors", {{"n", floats({1}, {1})}}); }
+        spill(folder / "i/model.safetensors.index.json",
+            R"({"weight_map": {"l.weight": "model-00001-of-00002.safetensors", "norm": "model-00001-of-00002.safetensors", "l.weight_scale": "model-00002-of-00002.safetensors", "n": "model-00002-of-00002.safetensors"}})");
+        const auto result =
+            run(folder, {"merge", "--method", "passthrough", "--task", "i", "--index", "lenient", "--out", "oi"});
+        CHECK(result.code == 1);
+        CHECK(says(result.err,
+            "i: layer 'l.weight' is FP8 without its scale ('l.weight_scale'), which the index lists and no file has"));
+    }
+}
+
+TEST_CASE("scales under other names are read with their codes, or refused by the layer's name")
+{
+    const scratch folder;
+    // Both models hold 1 everywhere: codes and scales averaged apart would give 0.53 and 8.5.
+    const auto make = [&](const std::string& name, const stored_tensor& small, const stored_tensor& large) {
+        write_stored(folder / "a.safetensors", one_layer(code_of_1, {{name, small}}));
+        write_stored(folder / "b.safetensors", one_layer(code_of_16th, {{name, large}}));
+    };
+    const std::vector<words> merges{
+        {"merge", "--method", "average", "--task", "a.safetensors", "--task", "b.safetensors", "--out", "o"},
+        {"merge", "--method", "task-arithmetic", "--base", "a.safetensors", "--task", "b.safetensors", "--out", "o"}};
+    const auto is_one = [&] {
+        const auto out = read_stored(folder / "o");
+        return out.size() == 2 && out.at("l.weight") == floats({4, 4}, std::vector<float>(16, 1));
+    };
+    for (const std::string name : {"l.scale", "l.qscale_weight", "l.weight_scale"}) {
+        CAPTURE(name);
+        for (const taskvec::extents& shape : std::vector<taskvec::extents>{{}, {1}, {4}, {4, 1}}) {
+            const auto count = taskvec::element_count(shape);
+            make(name, floats(shape, std::vector<float>(count, 1)), floats(shape, std::vector<float>(count, 16)));
+            for (const auto& line : merges) {
+                REQUIRE(run(folder, line).code == 0);
+                CHECK(is_one());
+            }
+        }
+        make(name, {taskvec::dtype::f8_e8m0, {1, 1}, "\x7f"}, {taskvec::dtype::f8_e8m0, {1, 1}, "\x83"});
+        REQUIRE(run(folder, merges[0]).code == 0);
+        CHECK(is_one());
+        REQUIRE(run(folder, with(merges[0], {"--dtype", "keep"})).code == 0);
+        const auto kept = read_stored(folder / "o");
+        CHECK(kept.at(name).dtype == taskvec::dtype::f8_e8m0);
+        CHECK(as_numbers(kept).at("l.weight") == floats({4, 4}, std::vector<float>(16, 1)));
+        CHECK(refuses(run(folder, with(merges[0], {"--exclude", name + "$"})), {"'" + name + "'", "'l.weight'"}));
+    }
+    for (const std::string name :
+        {"l.weight.scale", "l.scales", "l.scale_inv", "l.weight_scale_2", "l.weight_s", "l.weight_global_scale"}) {
+        CAPTURE(name);
+        make(name, floats({1}, {1}), floats({1}, {16}));
+        for (const auto& line : merges) {
+            CHECK(
+                refuses(run(folder, line), {"a.safetensors: layer 'l.weight' is FP8 with a scale", "'" + name + "'"}));
+            CHECK(refuses(run(folder, with(line, {"--exclude", name + "$"})), {"'l.weight'", "[layer-split]"}));
+        }
+    }
+}
+
+TEST_CASE("blocks are of the size that config.json says, wherever and however it says it")
+{
+    const scratch folder;
+    stored_model model; // of ones, in blocks of 64 × 32 that the edges cut: 4 and 5 of them
+    model["l.weight"] = {taskvec::dtype::f8_e4m3, {200, 150}, std::string(30000, code_of_1)};
+    std::vector<float> scales, expected;
+    for (int i = 0; i < 20; ++i) { scales.push_back(static_cast<float>(i + 1)); }
+    for (std::size_t i = 0; i < 30000; ++i) { expected.push_back(scales[i / 150 / 64 * 5 + i % 150 / 32]); }
+    model["l.weight_scale"] = floats({4, 5}, scales);
+    write_stored(folder / "m/model.safetensors", model);
+    const words line{"merge", "--method", "passthrough", "--task", "m/model.safetensors", "--out", "o"};
+    const std::string groups =
+        R"({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "64x32"}}}})";
+    for (const std::string& config : std::vector<std::string>{R"({"quantization_config": )" + groups + "}",
+             R"({"compression_config": )" + groups + "}",
+             R"({"text_config": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 32]}}})"}) {
+        CAPTURE(config);
+        spill(folder / "m/config.json", config);
+        REQUIRE(run(folder, line).code == 0);
+        CHECK(read_stored(folder / "o").at("l.weight") == floats({200, 150}, expected));
+    }
+    std::filesystem::remove(folder / "m/config.json"); // 50 × 30 would divide the shape
+    CHECK(refuses(run(folder, line), {"'l.weight'", "64 × 32", "50 × 30", "weight_block_size"}));
+}
+
+TEST_CASE("ComfyUI's marks go with the codes, and not without them")
+{
+    const scratch folder;
+    const std::string mark = R"({"format": "float8_e4m3fn"})";
+    const auto scaled = one_layer(code_of_1, {{"l.weight_scale", floats({}, {2})}});
+    auto marked = scaled;
+    marked["l.comfy_quant"] = {taskvec::dtype::u8, {static_cast<std::int64_t>(mark.size())}, mark};
+    write_stored(folder / "q.safetensors", marked);
+    write_stored(folder / "f.safetensors", as_numbers(scaled));
+    const auto merged = [&](const words& more) {
+        const auto done = run(folder, with({"merge", "--method", "average", "--out", "o.safetensors"}, more));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        return read_stored(folder / "o.safetensors");
+    };
+    CHECK(merged({"--task", "q.safetensors"}) == as_numbers(scaled));
+    CHECK(merged({"--task", "q.safetensors", "--task", "f.safetensors"}) == as_numbers(scaled));
+    CHECK(merged({"--task", "f.safetensors", "--task", "q.safetensors"}) == as_numbers(scaled));
+    const auto kept = merged({"--task", "q.safetensors", "--dtype", "keep"});
+    CHECK(kept.at("l.comfy_quant") == marked.at("l.comfy_quant"));
+    CHECK(kept.at("l.weight").bytes == std::string(16, '\x7e')); // the largest code, times 2 / 448
+
+    const std::string header =
+        R"({"format_version":"1.0","layers":{"k":{"format":"float8_e4m3fn"},"l":{"format":"float8_e4m3fn"}}})";
+    auto two = scaled;
+    two["k.weight"] = scaled.at("l.weight");
+    two["k.weight_scale"] = scaled.at("l.weight_scale");
+    write_stored(folder / "h.safetensors", two, {{"format", "pt"}, {"_quantization_metadata", header}});
+    const auto metadata = [&](const words& more) {
+        (void)merged(with({"--task", "h.safetensors"}, more));
+        auto map = taskvec::safetensors_file(folder / "o.safetensors").metadata();
+        CHECK(map.at("format") == "pt");
+        return map["_quantization_metadata"];
+    };
+    CHECK(metadata({}).empty());
+    CHECK(metadata({"--dtype", "bf16"}).empty());
+    CHECK(metadata({"--dtype", "keep"}) == header);
+    CHECK(metadata({"--exclude", "^k"}) == R"({"format_version":"1.0","layers":{"k":{"format":"float8_e4m3fn"}}})");
+    const std::string other = R"({"layers":{"l":{"format":"mxfp8"}}})";
+    write_stored(folder / "x.safetensors", scaled, {{"_quantization_metadata", other}});
+    CHECK(refuses(run(folder, {"merge", "--method", "average", "--task", "x.safetensors", "--out", "n"}),
+        {"'l.weight' is quantised by ComfyUI as 'mxfp8'"}));
+}
+
+TEST_CASE("the note on layers that became numbers names only what works")
+{
+    const scratch folder;
+    stored_model blocks, packed;
+    blocks["w_blocks"] = {taskvec::dtype::u8, {1, 2, 1, 16}, std::string(32, '\1')};
+    blocks["w_scales"] = {taskvec::dtype::u8, {1, 2, 1}, "\x7f\x7f"};
+    packed["l.weight_packed"] = {taskvec::dtype::u8, {2, 8}, std::string(16, '\1')};
+    packed["l.weight_scale"] = {taskvec::dtype::f8_e4m3, {2, 1}, std::string(2, code_of_1)};
+    packed["l.weight_global_scale"] = floats({1}, {1});
+    auto mixed = one_layer(code_of_1, {{"l.weight_scale", floats({}, {2})}});
+    mixed.insert(blocks.begin(), blocks.end());
+    const std::map<std::string, stored_model> models{{"mxfp4", blocks}, {"nvfp4", packed}, {"mixed", mixed},
+        {"fp8", one_layer(code_of_1, {{"l.weight_scale", floats({}, {2})}})}};
+    for (const auto& one : models) {
+        const auto& name = one.first;
+        CAPTURE(name);
+        write_stored(folder / name, one.second);
+        const words line{"merge", "--method", "passthrough", "--task", name, "--out", "o"};
+        const auto plain = run(folder, line), kept = run(folder, with(line, {"--dtype", "keep"}));
+        CHECK(plain.code == 0);
+        CHECK(says(plain.err, "--dtype bf16 takes half the space"));
+        CHECK(says(plain.err, "--dtype keep") == (kept.code == 0));
+        CHECK(run(folder, with(line, {"--dtype", "bf16"})).code == 0);
+    }
+}
+
+TEST_CASE("the way to exclude a layer that a message gives excludes it, and its name alone says what is left")
+{
+    const scratch folder;
+    const auto i32 = [](taskvec::extents shape) {
+        const auto count = taskvec::element_count(shape);
+        return stored_tensor{taskvec::dtype::i32, std::move(shape), std::string(4 * count, '\1')};
+    };
+    const stored_tensor byte{taskvec::dtype::u8, {4}, std::string(4, '\1')};
+    struct refused_model {
+        stored_model tensors;
+        std::string name, part, rest;
+    };
+    const std::vector<refused_model> all{{{{"l.weight", {taskvec::dtype::f8_e4m3, {2, 2}, std::string(4, code_of_1)}},
+                                              {"l.weight_scale", floats({}, {NAN})}},
+                                             "l.weight", R"(^l\.weight$)", "l.weight_scale"},
+        {{{"l.weight", {taskvec::dtype::u8, {8, 1}, std::string(8, '\1')}}, {"l.weight.absmax", floats({1}, {1})},
+             {"l.weight.quant_map", floats({16}, std::vector<float>(16, 1))},
+             {"l.weight.quant_state.bitsandbytes__nf4", byte}},
+            "l.weight", R"(^l\.weight$)", "l.weight.absmax"},
+        {{{"l.weight", {taskvec::dtype::i8, {2, 2}, std::string(4, '\1')}}, {"l.weight_scale", floats({2, 1}, {1, 2})}},
+            "l.weight", R"(^l\.weight$)", "l.weight_scale"},
+        {{{"l.weight_packed", i32({8, 2})}, {"l.scale_packed", floats({1, 8}, std::vector<float>(8, 1))},
+             {"l.meta", {taskvec::dtype::i16, {8, 2}, std::string(32, '\1')}}},
+            "l", "weight_packed", "l.scale_packed"},
+        {{{"l.B", i32({8, 2})}, {"l.s", floats({1, 8}, std::vector<float>(8, 1))}}, "l", "B$", "l.s"},
+        {{{"l.codes", {taskvec::dtype::i8, {8, 2, 1}, std::string(16, '\1')}},
+             {"l.codebooks", floats({1, 4, 1, 8}, std::vector<float>(32, 1))},
+             {"l.scales", floats({8, 1, 1, 1}, std::vector<float>(8, 1))}},
+            "l", "codes$", "l.codebooks"}};
+    for (const auto& one : all) {
+        const auto &name = one.name, &rest = one.rest;
+        CAPTURE(rest);
+        auto first = one.tensors, second = one.tensors;
+        first["n"] = floats({2}, {1, 2});
+        second["n"] = floats({2}, {3, 6});
+        for (auto& [tensor_name, tensor] : second) { // a fine-tune of the scales
+            if (tensor_name == rest && tensor.dtype == taskvec::dtype::f32) { tensor.bytes[2] ^= 1; }
+        }
+        write_stored(folder / "a.safetensors", first);
+        write_stored(folder / "b.safetensors", second);
+        const words line{
+            "merge", "--method", "average", "--task", "a.safetensors", "--task", "b.safetensors", "--out", "o"};
+        const auto whole = run(folder, line);
+        CHECK(refuses(whole, {"a.safetensors: layer '" + name + "' "}));
+        const std::string option = "(--exclude '";
+        const auto at = whole.err.find(option) + option.size(), last = whole.err.find("')", at);
+        REQUIRE(at > option.size());
+        CHECK(refuses(run(folder, with(line, {"--exclude", one.part})),
+            {"'" + name + "'", "'" + rest + "'", "[layer-split]", whole.err.substr(at, last - at)}));
+        const auto done = run(folder, with(line, {"--exclude", whole.err.substr(at, last - at)}));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        first["n"] = floats({2}, {2, 4});
+        CHECK(read_stored(folder / "o") == first);
+    }
 }
 
 } // namespace quantised_tools

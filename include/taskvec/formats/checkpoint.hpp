@@ -43,12 +43,15 @@ enum class index_check : std::uint8_t {
 /// A model on disk: the maps of its files, and the tensors in them by name. Move-only; views stay valid when it moves.
 class checkpoint {
 public:
-    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty.
+    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty. `absent`:
+    /// names that its index lists and no file has.
     checkpoint(std::filesystem::path path, std::vector<safetensors_file> files,
-        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {})
+        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {},
+        std::vector<std::string> absent = {})
         : path_(std::move(path))
         , files_(std::move(files))
         , notes_(std::move(notes))
+        , absent_(std::move(absent))
     {
         struct item {
             const safetensors_file* file;
@@ -93,6 +96,8 @@ public:
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
     /// What whoever opened it should know: sentences without a full stop.
     [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    /// Tensors that its index lists and no file has: none, unless it was opened leniently.
+    [[nodiscard]] const std::vector<std::string>& absent() const noexcept { return absent_; }
     /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
     /// (views of its own files do).
     void set_model(const_model_ref model) { model_ = std::move(model); }
@@ -115,7 +120,7 @@ public:
 private:
     std::filesystem::path path_;
     std::vector<safetensors_file> files_;
-    std::vector<std::string> notes_;
+    std::vector<std::string> notes_, absent_;
     const_model_ref model_, stored_;
     std::shared_ptr<const quantised_layers> layers_;
     metadata_map metadata_;
@@ -379,7 +384,7 @@ struct model_directory {
     const auto index = read_index(index_path);
     const bool strict = how == index_check::strict;
     std::vector<safetensors_file> files;
-    std::vector<std::string> names, notes;
+    std::vector<std::string> names, notes, absent;
     std::map<std::string_view, std::size_t> expected;
     for (const auto& [name, shard] : index) { ++expected[shard]; }
     std::error_code ignored;
@@ -393,6 +398,9 @@ struct model_directory {
                     path.string());
             }
             notes.push_back(message("'", path.string(), "': ", what));
+            for (const auto& [name, where] : index) {
+                if (where == shard) { absent.push_back(name); }
+            }
             continue;
         }
         auto& file = files.emplace_back(open_weights(directory / shard, notes));
@@ -419,6 +427,7 @@ struct model_directory {
                     what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
             }
             notes.push_back(message("'", file.path().string(), "' ", what));
+            absent.push_back(name);
         }
     }
     for (const auto& shard : shards_beside(directory, expected)) {
@@ -438,7 +447,7 @@ struct model_directory {
         const auto place = index.find(entry.name);
         return place == index.end() || place->second == names[f];
     };
-    return {path, std::move(files), take, std::move(notes)};
+    return {path, std::move(files), take, std::move(notes), std::move(absent)};
 }
 
 } // namespace detail
@@ -550,7 +559,13 @@ namespace detail {
 inline checkpoint open_model(const std::filesystem::path& path, index_check how)
 {
     auto model = detail::open_stored(path, how);
-    model.read_layers(hints_beside(path));
+    model.read_layers([&] {
+        auto hints = hints_beside(path)();
+        hints.absent = model.absent();
+        const auto formats = model.metadata().find(std::string(detail::comfy_metadata_key));
+        if (formats != model.metadata().end()) { hints.formats = detail::comfy_formats(formats->second); }
+        return hints;
+    });
     return model;
 }
 
