@@ -175,33 +175,80 @@ bool vocabulary_head(const std::vector<taskvec::tensor_spec>& specs)
     return std::any_of(specs.begin(), specs.end(), [](const taskvec::tensor_spec& spec) { return is_head(spec.name); });
 }
 
+bool says_quantisation(const std::string& key)
+{
+    return key == "quantization_config" || key == "compression_config";
+}
+
+/// Leaves out what a configuration says of quantisation, at any depth. Returns where it stood.
+std::vector<std::string> erase_quantisation(json& part, const std::string& path = "")
+{
+    std::vector<std::string> erased;
+    if (!part.is_object()) { return erased; }
+    std::vector<std::string> keys;
+    for (const auto& [key, value] : part.items()) { keys.push_back(key); }
+    for (const auto& key : keys) {
+        if (says_quantisation(key)) {
+            part.erase(key);
+            erased.push_back(path + key);
+            continue;
+        }
+        for (auto& inner : erase_quantisation(part[key], path + key + ".")) { erased.push_back(std::move(inner)); }
+    }
+    return erased;
+}
+
+/// What a configuration says of quantisation, at whatever depth, and under which keys; null where it says nothing.
+json* find_quantisation(json& part, std::vector<std::string>& keys)
+{
+    if (!part.is_object()) { return nullptr; }
+    for (auto& [key, value] : part.items()) {
+        if (!says_quantisation(key)) { continue; }
+        keys.push_back(key);
+        return &value;
+    }
+    for (auto& [key, value] : part.items()) {
+        keys.push_back(key);
+        if (auto* const found = find_quantisation(value, keys)) { return found; }
+        keys.pop_back();
+    }
+    return nullptr;
+}
+
 /// Brings what a configuration says of quantisation up to date: it is left out where nothing is quantised, taken from
 /// the model whose layers these are where it is missing, and names the layers that became numbers beside those that did
 /// not.
 bool update_quantisation(
     json& config, const std::vector<taskvec::tensor_spec>& specs, const recipe& how, const run_options& run)
 {
-    constexpr const char* key = "quantization_config";
     if (!is_quantised(specs)) {
-        if (config.erase(key) == 0) { return false; }
-        note(run, "config.json: quantization_config is left out, as no tensor of the result is quantised");
+        const auto erased = erase_quantisation(config);
+        if (erased.empty()) { return false; }
+        for (const auto& path : erased) {
+            note(run, "config.json: " + path + " is left out, as no tensor of the result is quantised");
+        }
         return true;
     }
     const auto* const first = how.models.empty() ? nullptr : how.models.front().opened;
     if (!first || !first->layers() || first->layers()->layers().empty()) { return false; }
     bool changed = false;
-    if (!config.contains(key)) {
+    std::vector<std::string> keys;
+    auto* place = find_quantisation(config, keys);
+    if (!place) {
         const auto file = first->path() / "config.json";
         std::error_code ignored;
         if (!fs::is_regular_file(file, ignored)) { return false; }
-        const auto own = parsed(taskvec::read_text_file(file), file);
-        if (!own.is_object() || !own.contains(key)) { return false; }
-        config[key] = own[key];
+        auto own = parsed(taskvec::read_text_file(file), file);
+        auto* const theirs = find_quantisation(own, keys);
+        if (!theirs) { return false; }
+        const bool nested = keys.size() == 2 && config.contains(keys[0]) && config[keys[0]].is_object();
+        place = nested ? &config[keys[0]][keys[1]] : &config[keys.back()];
+        *place = *theirs;
         changed = true;
         note(run,
-            "config.json: quantization_config is that of '" + first->path().string() + "', whose layers these are");
+            "config.json: " + keys.back() + " is that of '" + first->path().string() + "', whose layers these are");
     }
-    auto& said = config[key];
+    auto& said = *place;
     if (!said.is_object()) { return changed; }
     std::map<std::string_view, taskvec::dtype> stored;
     for (const auto& spec : specs) { stored[spec.name] = spec.dtype; }
@@ -226,7 +273,7 @@ bool update_quantisation(
     note(run,
         "config.json: " + counted(numbers.size(), "layer") + (numbers.size() == 1 ? " that is" : " that are")
             + " no longer quantised ('" + numbers.front() + (numbers.size() > 1 ? "' …" : "'") + ") added to "
-            + std::string(list) + " of quantization_config");
+            + std::string(list) + " of " + keys.back());
     return true;
 }
 

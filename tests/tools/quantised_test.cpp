@@ -713,6 +713,46 @@ TEST_CASE("blocks are of the size that config.json says, wherever and however it
     CHECK(refuses(run(folder, line), {"'l.weight'", "64 × 32", "50 × 30", "weight_block_size"}));
 }
 
+TEST_CASE("what config.json says of quantisation is brought up to date at any depth")
+{
+    const scratch folder;
+    const auto model = one_layer(code_of_1, {{"l.weight_scale", floats({}, {2})}});
+    const std::vector<std::pair<std::string, std::string>> configs{
+        {R"({"model_type": "x", "text_config": {"model_type": "y", "quantization_config": {"quant_method": "fp8"}}})",
+            R"({"model_type": "x", "text_config": {"model_type": "y"}, "torch_dtype": "float32"})"},
+        {R"({"model_type": "x", "compression_config": {"quant_method": "compressed-tensors"}})",
+            R"({"model_type": "x", "torch_dtype": "float32"})"},
+        {R"({"model_type": "x", "a": {"b": {"quantization_config": {"quant_method": "fp8"}}}, "quantization_config": {}})",
+            R"({"model_type": "x", "a": {"b": {}}, "torch_dtype": "float32"})"}};
+    for (const auto& config : configs) {
+        const auto& before = config.first;
+        const auto& after = config.second;
+        CAPTURE(before);
+        write_stored(folder / "m/model.safetensors", model);
+        spill(folder / "m/config.json", before);
+        const words line{"merge", "--method", "average", "--task", "m", "--no-card", "--out", "o"};
+        auto done = run(folder, line);
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        CHECK(nlohmann::json::parse(slurp(folder / "o/config.json")) == nlohmann::json::parse(after));
+        done = run(folder, with(line, {"--dtype", "keep"}));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        CHECK(nlohmann::json::parse(slurp(folder / "o/config.json")) == nlohmann::json::parse(before));
+    }
+    // Layers of both kinds: the list is where the rest is.
+    write_stored(folder / "numbers/model.safetensors", as_numbers(model));
+    auto two = model;
+    two["k.weight"] = model.at("l.weight");
+    two["k.weight_scale"] = model.at("l.weight_scale");
+    write_stored(folder / "two/model.safetensors", two);
+    spill(folder / "two/config.json", configs[0].first);
+    const auto done = run(
+        folder, {"merge", "--method", "average", "--task", "two", "--exclude", "^k", "--no-card", "--out", "mixed"});
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const auto mixed = nlohmann::json::parse(slurp(folder / "mixed/config.json"));
+    CHECK_FALSE(mixed.contains("quantization_config"));
+    CHECK(mixed["text_config"]["quantization_config"]["modules_to_not_convert"] == nlohmann::json::array({"l"}));
+}
+
 TEST_CASE("ComfyUI's marks go with the codes, and not without them")
 {
     const scratch folder;
