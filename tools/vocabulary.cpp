@@ -879,7 +879,8 @@ std::optional<added_token> lined_up_vocabulary::description(const new_token& tok
 }
 
 /// Puts new tokens into a tokenizer: those that a donor's added_tokens describe there (and into `added`), others into
-/// the model's vocabulary, with the merges that make them. True where the model has changed.
+/// the model's vocabulary, with the merges that make them. Where the first one's added tokens would be read under other
+/// ids then, they are put there as well. True where the model has changed.
 bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string, std::uint64_t>& added) const
 {
     const auto& first = members_.front();
@@ -913,21 +914,78 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
                     "your own"));
         }
     }
-    if (donors.empty() || !model.contains("merges") || !model["merges"].is_array()) { return !donors.empty(); }
-    auto& merges = model["merges"];
-    const bool as_text = !merges.empty() && merges.front().is_string();
-    std::set<std::pair<std::string, std::string>> there; // each once
-    for (const auto donor : donors) {
-        token_table unused;
-        token_events events(members_[donor].tokenizer, unused, [&](const std::string& left, const std::string& right) {
-            const auto whole = left + right;
-            if (!new_ids_.contains(whole) || added.contains(whole)) { return; }
-            if (!model["vocab"].contains(left) || !model["vocab"].contains(right)) { return; }
-            if (!there.emplace(left, right).second) { return; }
-            as_text ? merges.push_back(left + " " + right) : merges.push_back(large_json::array({left, right}));
-        });
-        hear(members_[donor].tokenizer, events);
+    if (!donors.empty() && model.contains("merges") && model["merges"].is_array()) {
+        auto& merges = model["merges"];
+        const bool as_text = !merges.empty() && merges.front().is_string();
+        std::set<std::pair<std::string, std::string>> there; // each once
+        for (const auto donor : donors) {
+            token_table unused;
+            token_events events(
+                members_[donor].tokenizer, unused, [&](const std::string& left, const std::string& right) {
+                    const auto whole = left + right;
+                    if (!new_ids_.contains(whole) || added.contains(whole)) { return; }
+                    if (!model["vocab"].contains(left) || !model["vocab"].contains(right)) { return; }
+                    if (!there.emplace(left, right).second) { return; }
+                    as_text ? merges.push_back(left + " " + right) : merges.push_back(large_json::array({left, right}));
+                });
+            hear(members_[donor].tokenizer, events);
+        }
     }
+    auto& vocabulary = model["vocab"];
+    if (!vocabulary.is_object() && !vocabulary.is_array()) { return !donors.empty(); }
+    const auto read = ids_of_added(tokenizer);
+    const auto is_moved = [&](const large_json& entry) {
+        return is_description(entry)
+            && entry["id"].get<std::uint64_t>() != read.at(entry["content"].get_ref<const std::string&>());
+    };
+    const auto moved = std::find_if(descriptions.begin(), descriptions.end(), is_moved);
+    if (moved == descriptions.end()) { return !donors.empty(); }
+    if (!vocabulary.is_object()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+            taskvec::message("--vocabulary union: tokenizers would read '",
+                printable((*moved)["content"].get<std::string>()), "' of ", in_quotes(first.tokenizer),
+                " under another id than that of its row: use --vocabulary base, or --copy-from with a tokenizer of "
+                "your own"));
+    }
+    for (const auto& entry : descriptions) {
+        if (is_description(entry)) { vocabulary[entry["content"].get<std::string>()] = entry["id"]; }
+    }
+/// Whether an entry of added_tokens is one.
+bool is_description(const large_json& entry)
+{
+    return entry.is_object() && entry.contains("id") && entry["id"].is_number_unsigned() && entry.contains("content")
+        && entry["content"].is_string();
+}
+
+/// The ids that the tokenizers library gives added tokens, whatever the file says: that of model.vocab, and to what is
+/// not in there one after another behind it.
+std::map<std::string, std::uint64_t> ids_of_added(const large_json& tokenizer)
+{
+    std::map<std::string, std::uint64_t> own, ids;
+    const auto& vocabulary = tokenizer.at("model").at("vocab");
+    if (vocabulary.is_object()) {
+        for (const auto& [text, id] : vocabulary.items()) {
+            if (id.is_number_unsigned()) { own.emplace(text, id.get<std::uint64_t>()); }
+        }
+    }
+    else {
+        for (const auto& piece : vocabulary) {
+            if (piece.is_array() && !piece.empty() && piece[0].is_string()) {
+                own.emplace(piece[0].get<std::string>(), own.size());
+            }
+        }
+    }
+    auto next = std::uint64_t{vocabulary.size()};
+    for (const auto& entry : tokenizer.at("added_tokens")) {
+        if (!is_description(entry)) { continue; }
+        const auto& text = entry["content"].get_ref<const std::string&>();
+        if (ids.contains(text)) { continue; }
+        const auto place = own.find(text);
+        ids.emplace(text, place == own.end() ? next++ : place->second);
+    }
+    return ids;
+}
+
     return true;
 }
 

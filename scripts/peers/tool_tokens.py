@@ -63,6 +63,52 @@ def directories():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(name)
 
 
+def ids_of_the_tokenizers_library(tool):
+    """A token of a task's vocabulary behind the base's added tokens: the library gives those that are not in the vocabulary ids of its own choice."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import BPE, WordLevel, WordPiece
+
+    from safetensors.torch import save_file
+
+    models = {"BPE": lambda vocabulary: BPE(vocabulary, [("a", "b")] if "ab" in vocabulary else []),
+              "WordPiece": lambda vocabulary: WordPiece(vocabulary, unk_token="a"), "WordLevel": lambda vocabulary: WordLevel(vocabulary, unk_token="a")}
+    base, failures, tokens = ["a", "b", "c", "d"], [], 0
+    for kind, model in models.items():
+        own = ["##ab"] if kind == "WordPiece" else ["ab"]
+        for number, (vocabulary, added) in enumerate([(base + own, ["<s>", "</s>"]), (base + own, ["<x>", "</s>", "<s>"]), (own + base[::-1], ["</s>"]), (base, ["<y>", "<s>"])]):
+            folders = {}
+            for name, words, more, shift in (("base", base, ["<s>", "</s>"], 0.0), ("task", vocabulary, added, 100.0)):
+                tokenizer = Tokenizer(model({token: index for index, token in enumerate(words)}))
+                tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in more])
+                folder = folders[name] = pathlib.Path(f"{kind}{number}{name}")
+                folder.mkdir()
+                tokenizer.save(str(folder / "tokenizer.json"))
+                rows = {token: shift + float(index) for index, token in enumerate(base + ["<s>", "</s>", "##ab", "ab", "<x>", "<y>"])}
+                table = torch.zeros(len(words) + len(more), 1)
+                for token, index in tokenizer.get_vocab().items():
+                    table[index, 0] = rows[token]
+                save_file({"model.embed_tokens.weight": table}, folder / "model.safetensors")
+                (folder / "config.json").write_text(json.dumps({"vocab_size": len(table)}))
+            out = pathlib.Path(f"{kind}{number}out")
+            done = subprocess.run([tool, "merge", "--method", "average", "--task", folders["base"], "--task", folders["task"], "--vocabulary", "union", "--out", out],
+                                  capture_output=True, text=True)
+            if done.returncode != 0:
+                failures.append(f"{kind} {number}: exit code {done.returncode}: {done.stderr.strip()}")
+                continue
+            read, table = Tokenizer.from_file(str(out / "tokenizer.json")), load(out / "model.safetensors")[0]["model.embed_tokens.weight"]
+            theirs, mine = (Tokenizer.from_file(str(folders[name] / "tokenizer.json")).get_vocab() for name in ("base", "task"))
+            for token in sorted(set(theirs) | set(mine)):
+                value = rows[token] - 100
+                expected = (value if token in theirs else value + 100) / 2 + (value + 100 if token in mine else value) / 2
+                index = read.token_to_id(token)
+                found = float(table[index, 0]) if index is not None and index < len(table) else None
+                tokens += 1
+                if found != expected:
+                    failures.append(f"{kind} {number}: the row of {token!r}, read as id {index}, is {found}, and not {expected}")
+    print(f"  {tokens} tokens have the rows of the ids that tokenizers reads", flush=True)
+    return failures
+
+
 def main():
     arguments = tool_arguments(__doc__)
     tool = pathlib.Path(arguments.tool).resolve()
@@ -74,6 +120,7 @@ def main():
     failures, rows = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
+        failures += ids_of_the_tokenizers_library(tool)
         directories()
         cases = {f"{what}{name}": head + "  " + text + "\n" for what, head in (("", TWO), ("no base: ", AVERAGE)) for name, text in CASES.items()
                  if "source: base" not in text or head is TWO}

@@ -175,7 +175,9 @@ TEST_CASE("--vocabulary union adds the rows of the models that have them, and th
     CHECK(says(done.err, "the vocabulary of the result has 7 rows, that of 'base' has 4"));
     CHECK(json_of(m.folder / "out/config.json")["vocab_size"] == 7);
     const auto tokenizer = json_of(m.folder / "out/tokenizer.json");
-    CHECK(tokenizer["model"]["vocab"] == nlohmann::json{{"a", 0}, {"b", 1}, {"c", 2}, {"ab", 5}});
+    // All are in there: tokenizers gives an added token that is not the next id behind the others.
+    CHECK(tokenizer["model"]["vocab"]
+        == nlohmann::json{{"a", 0}, {"b", 1}, {"c", 2}, {"<s>", 3}, {"<x>", 4}, {"ab", 5}, {"<y>", 6}});
     CHECK(tokenizer["model"]["merges"] == nlohmann::json::parse(R"([["a", "b"]])"));
     REQUIRE(tokenizer["added_tokens"].size() == 3);
     CHECK(tokenizer["added_tokens"][1]["content"] == "<x>");
@@ -218,6 +220,78 @@ TEST_CASE("--vocabulary union adds the rows of the models that have them, and th
                   "whole"})
               .code
         == 0);
+}
+
+/// The ids that the tokenizers library reads: those of model.vocab, and of added tokens that are not in there one after
+/// another behind it, whatever the file says. scripts/peers/tool_tokens.py asks the library itself.
+std::map<std::string, std::size_t> ids_as_read(const nlohmann::json& tokenizer)
+{
+    std::map<std::string, std::size_t> ids;
+    const auto& vocabulary = tokenizer["model"]["vocab"];
+    for (const auto& [text, id] : vocabulary.items()) { ids[text] = id.get<std::size_t>(); }
+    auto next = vocabulary.size();
+    for (const auto& entry : tokenizer["added_tokens"]) {
+        if (ids.emplace(entry["content"].get<std::string>(), next).second) { ++next; }
+    }
+    return ids;
+}
+
+TEST_CASE("the row of every token is that of the id that tokenizers reads")
+{
+    const scratch folder;
+    const auto merged = [&](const words& tasks) {
+        std::filesystem::remove_all(folder / "out");
+        words line{"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base", "--out", "out",
+            "--vocabulary", "union"};
+        for (const auto& task : tasks) { line.insert(line.end(), {"--task", task}); }
+        return run(folder, line);
+    };
+    const auto check = [&](const words& tasks, const words& tokens, float shift) {
+        const auto done = merged(tasks);
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        const auto ids = ids_as_read(json_of(folder / "out/tokenizer.json"));
+        const auto rows = column(folder / "out");
+        for (const auto& token : tokens) {
+            CAPTURE(token);
+            REQUIRE(ids.contains(token));
+            CHECK(rows.at(ids.at(token)) == value_of(token) + shift);
+        }
+        return ids;
+    };
+    write_directory(folder / "base", {.own = {"a", "b", "c"}, .added = {"<s>", "</s>"}, .padding = 3});
+    // A token of the vocabulary behind added ones, which are not in it.
+    write_directory(
+        folder / "own", {.own = {"a", "b", "c", "ab"}, .added = {"<s>", "</s>"}, .shift = 1, .merges = {"a b"}});
+    check({"own"}, {"a", "b", "c", "ab", "<s>", "</s>"}, 1);
+    write_directory(folder / "mixed",
+        {.own = {"a", "b", "c", "ab", "bc"}, .added = {"<x>", "<s>", "</s>"}, .shift = 1, .merges = {"a b", "b c"}});
+    check({"mixed"}, {"a", "b", "c", "ab", "bc", "<s>", "</s>", "<x>"}, 1);
+    // Added tokens alone: the model's vocabulary stays as it is.
+    write_directory(folder / "added", {.own = {"a", "b", "c"}, .added = {"<x>", "<s>", "</s>", "<y>"}, .shift = 1});
+    check({"added"}, {"a", "b", "c", "<s>", "</s>", "<x>", "<y>"}, 1);
+    CHECK(json_of(folder / "out/tokenizer.json")["model"]["vocab"].size() == 3);
+    // What is found among added tokens and in the vocabulary is the same token to the next merge.
+    REQUIRE(merged({"mixed"}).code == 0);
+    std::filesystem::remove_all(folder / "base");
+    std::filesystem::rename(folder / "out", folder / "base");
+    check({"added"}, {"<y>"}, 1);
+    // An id that tokenizers would not read in the base's own file: what is new would move with it.
+    write_directory(folder / "gap", {.own = {"a", "b", "c"}, .added = {"<s>"}, .padding = 3});
+    auto tokenizer = json_of(folder / "gap/tokenizer.json");
+    tokenizer["added_tokens"][0]["id"] = 5;
+    spill(folder / "gap/tokenizer.json", tokenizer.dump());
+    std::filesystem::remove_all(folder / "base");
+    std::filesystem::copy(folder / "gap", folder / "base");
+    const auto ids = check({"added"}, {"a", "b", "c"}, 1);
+    CHECK(ids.at("<s>") == 5);
+    CHECK(column(folder / "out").at(ids.at("<x>")) == value_of("<x>") + 1);
+    // A list of pieces has no place for it.
+    tokenizer["model"] = nlohmann::json::parse(R"({"type": "Unigram", "vocab": [["a", 0], ["b", -1], ["c", -2]]})");
+    spill(folder / "base/tokenizer.json", tokenizer.dump());
+    const auto refusal = merged({"added"});
+    CHECK(refusal.code == 1);
+    CHECK(says(refusal.err, "tokenizers would read '<s>' of"));
+    CHECK(says(refusal.err, "--vocabulary base"));
 }
 
 TEST_CASE("--vocabulary truncate ends at the last token that all have")
