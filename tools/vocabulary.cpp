@@ -8,6 +8,7 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/json.hpp>
+#include <taskvec/formats/quantised.hpp>
 
 #include <nlohmann/json.hpp>
 
@@ -225,9 +226,27 @@ bool ends_as_a_name(std::string_view name, std::string_view ending)
     return name.ends_with(ending) && (name.size() == ending.size() || name[name.size() - ending.size() - 1] == '.');
 }
 
-std::uint64_t rows_of(const taskvec::const_tensor_ref& tensor)
+/// Whether a tensor of this name and shape is one row of an entry for each token, 1×V: BART's bias of the logits.
+bool is_row_of_tokens(std::string_view name, const taskvec::extents& shape)
 {
-    return tensor.shape.empty() ? 0 : static_cast<std::uint64_t>(tensor.shape[0]);
+    return shape.size() == 2 && shape[0] == 1 && ends_as_a_name(name, "final_logits_bias");
+}
+/// Whether a tensor has a row for each token, or is such a row.
+bool is_of_tokens(std::string_view name, const taskvec::extents& shape)
+{
+    return has_rows_of_tokens(name) || is_row_of_tokens(name, shape);
+}
+/// A tensor whose first side is that of the tokens: a row of them is seen as a column.
+taskvec::const_tensor_ref by_tokens(std::string_view name, taskvec::const_tensor_ref tensor)
+{
+    if (is_row_of_tokens(name, tensor.shape)) { tensor.shape.erase(tensor.shape.begin()); }
+    return tensor;
+}
+
+std::uint64_t rows_of(std::string_view name, const taskvec::const_tensor_ref& tensor)
+{
+    if (tensor.shape.empty()) { return 0; }
+    return static_cast<std::uint64_t>(tensor.shape[is_row_of_tokens(name, tensor.shape) ? 1 : 0]);
 }
 
 std::uint64_t row_length(const taskvec::extents& shape)
@@ -294,6 +313,20 @@ private:
     mutable std::vector<double> row_;
 };
 
+/// Refuses a tokenizer with more tokens than a tensor of its model has rows.
+void check_rows(const fs::path& file, const token_table& tokens, std::string_view name,
+    const taskvec::const_tensor_ref& tensor, const std::string& label)
+{
+    const auto rows = rows_of(name, tensor);
+    if (rows >= tokens.size()) { return; }
+    const auto& last = *tokens.texts.rbegin();
+    refuse_tokenizer(file,
+        taskvec::message("has ", counted(tokens.texts.size(), "token"), " and gives token '", printable(*last.second),
+            "' the id ", last.first, ", but '", name, "' of ", label, " has ", counted(rows, "row"),
+            ": they contradict each other; use the tokenizer of this model, or move this file away: rows are lined up "
+            "by index without it"));
+}
+
 [[noreturn, gnu::cold]] void refuse_rule(const std::string& at, const std::string& what)
 {
     taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, at + ": " + what);
@@ -332,6 +365,7 @@ bool has_rows_of_tokens(std::string_view name)
 bool same_but_tokens(std::string_view name, const taskvec::extents& a, const taskvec::extents& b)
 {
     if (a == b) { return true; }
+    if (is_row_of_tokens(name, a) && is_row_of_tokens(name, b)) { return true; }
     return !a.empty() && a.size() == b.size() && std::equal(a.begin() + 1, a.end(), b.begin() + 1)
         && has_rows_of_tokens(name);
 }
@@ -382,30 +416,32 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
     for (std::size_t m = 0; m < inputs.size(); ++m) {
         for (const auto& [name, tensor] : models_[m]) {
             if (!embedding[m] && tensor.shape.size() == 2 && has_rows_of_tokens(name)) {
-                embedding[m] = rows_of(tensor);
+                embedding[m] = rows_of(name, tensor);
             }
         }
     }
     std::vector<std::string> names;
     bool rows_differ = false;
     for (const auto& [name, tensor] : first) {
-        bool differs = false, fits = !tensor.shape.empty(), as_embedding = true;
+        const auto shape = by_tokens(name, tensor).shape;
+        bool differs = false, fits = !shape.empty(), as_embedding = true;
         for (std::size_t m = 0; m < inputs.size(); ++m) {
             const auto* const mine = models_[m].find(name);
             if (!mine) { continue; }
-            fits = fits && mine->shape.size() == tensor.shape.size()
-                && std::equal(tensor.shape.begin() + 1, tensor.shape.end(), mine->shape.begin() + 1);
-            differs = differs || mine->shape != tensor.shape;
-            as_embedding = as_embedding && embedding[m] && !mine->shape.empty() && rows_of(*mine) == *embedding[m];
+            const auto own = by_tokens(name, *mine).shape;
+            fits = fits && own.size() == shape.size() && std::equal(shape.begin() + 1, shape.end(), own.begin() + 1);
+            differs = differs || own != shape;
+            as_embedding = as_embedding && embedding[m] && !own.empty() && rows_of(name, *mine) == *embedding[m];
         }
-        if (!fits || !(has_rows_of_tokens(name) || (differs && as_embedding))) { continue; }
-        if (policy == vocabulary_policy::error && differs && (!include || include(name))) {
-            for (std::size_t m = 1; m < inputs.size(); ++m) {
+        if (!fits || !(is_of_tokens(name, tensor.shape) || (differs && as_embedding))) { continue; }
+        if (policy == vocabulary_policy::error) {
+            if (include && !include(name)) { continue; }
+            for (std::size_t m = 1; differs && m < inputs.size(); ++m) {
                 const auto* const mine = models_[m].find(name);
                 if (!mine || mine->shape == tensor.shape) { continue; }
                 taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
-                    taskvec::message("tensor '", name, "' has ", grouped(rows_of(*mine)), " rows in ", inputs[m].label,
-                        " and ", grouped(rows_of(tensor)), " in ", inputs.front().label,
+                    taskvec::message("tensor '", name, "' has ", grouped(rows_of(name, *mine)), " rows in ",
+                        inputs[m].label, " and ", grouped(rows_of(name, tensor)), " in ", inputs.front().label,
                         ": their vocabularies differ; --vocabulary base, union or truncate lines the rows up"));
             }
         }
@@ -416,7 +452,11 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
         refuse_rule(
             rules_->at, inputs.front().label + " has no tensor with a row for each token, such as embed_tokens.weight");
     }
-    if (names.empty() || (inputs.size() == 1 && !rules_)) { return; }
+    if (names.empty()) { return; }
+    if (policy == vocabulary_policy::error || (inputs.size() == 1 && !rules_)) {
+        check_by_index(inputs, names, run);
+        return;
+    }
     members_.resize(inputs.size());
     for (std::size_t m = 0; m < inputs.size(); ++m) { members_[m].tokenizer = tokenizer_of(inputs[m].path); }
     bool files_differ = false;
@@ -425,37 +465,64 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
         const auto& b = members_[m].tokenizer;
         files_differ = files_differ || (!a.empty() && !b.empty() && a != b && !same_bytes(a, b));
     }
-    if (policy == vocabulary_policy::error) {
-        if (!files_differ || rows_differ) { return; }
-        try { // rows are merged by index; it is only said where that may be wrong
-            read_tokenizers(inputs);
-        }
-        catch (const taskvec::error&) {
-            return;
-        }
-        for (std::size_t m = 1; m < inputs.size(); ++m) {
-            if (!members_[m].by_text) { continue; }
-            std::vector<std::string> other;
-            for (const auto& [id, text] : members_[m].tokens.texts) {
-                const auto* const mine = members_.front().tokens.text(id);
-                if (mine && *mine != *text) { other.push_back(*text); }
-            }
-            if (!other.empty()) {
-                note(run,
-                    "the tokenizers of " + inputs[m].label + " and " + inputs.front().label + " give "
-                        + token_list(other)
-                        + " of the former other ids: their rows are merged by index; --vocabulary base lines them up "
-                          "by text");
-            }
-        }
+    if (!rows_differ && !files_differ && !rules_) {
+        check_by_index(inputs, names, run);
         return;
     }
-    if (!rows_differ && !files_differ && !rules_) { return; }
     read_tokenizers(inputs);
     plan(inputs, names);
     for (const auto& name : names) { line_up(inputs, name); }
     runs_.clear();
     say(inputs, run);
+}
+
+/// What rows that are merged by index are of: a tokenizer whose tokens have no rows is refused, and it is said where
+/// one row is that of different tokens.
+void lined_up_vocabulary::check_by_index(
+    const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names, const run_options& run) const
+{
+    std::vector<fs::path> files;
+    std::vector<std::shared_ptr<const token_table>> tables; // equal files have one
+    std::map<std::uint32_t, std::pair<const std::string*, std::size_t>> owners; // the first model that has the id
+    for (std::size_t m = 0; m < inputs.size(); ++m) {
+        files.push_back(tokenizer_of(inputs[m].path));
+        std::shared_ptr<const token_table> table;
+        bool is_new = false;
+        if (const auto& file = files.back(); !file.empty()) {
+            std::size_t same = 0;
+            while (same < m && (files[same].empty() || !(files[same] == file || same_bytes(files[same], file)))) {
+                ++same;
+            }
+            is_new = same == m;
+            try {
+                table = is_new ? std::make_shared<const token_table>(read_tokens(file)) : tables[same];
+            }
+            catch (const taskvec::error&) { // it says nothing of rows
+            }
+        }
+        tables.push_back(table);
+        if (!table) { continue; }
+        for (const auto& name : names) {
+            if (const auto* const mine = models_[m].find(name)) {
+                check_rows(files.back(), *table, name, *mine, inputs[m].label);
+            }
+        }
+        if (!is_new) { continue; }
+        std::map<std::size_t, std::vector<std::string>> others;
+        for (const auto& [id, text] : table->texts) {
+            const auto& [first, owner] = owners.try_emplace(id, text, m).first->second;
+            if (*first != *text) { others[owner].push_back(*text); }
+        }
+        for (const auto& [owner, texts] : others) {
+            note(run,
+                "the tokenizers of " + inputs[m].label + " and " + inputs[owner].label
+                    + (texts.size() == 1 ? " give the id of " : " give the ids of ") + token_list(texts)
+                    + " of the former to " + (texts.size() == 1 ? "another" : "others")
+                    + " in the latter: their rows are merged by index; "
+                    + (files.front().empty() ? "with a tokenizer.json beside " + inputs.front().label + ", " : "")
+                    + "--vocabulary base or union lines them up by text");
+        }
+    }
 }
 
 void lined_up_vocabulary::read_tokenizers(const std::vector<vocabulary_input>& inputs)
@@ -467,16 +534,9 @@ void lined_up_vocabulary::read_tokenizers(const std::vector<vocabulary_input>& i
         mine.tokens = read_tokens(mine.tokenizer);
         mine.by_text = true;
         tokens_differ_ = tokens_differ_ || mine.tokens.ids != members_.front().tokens.ids;
-        if (policy_ == vocabulary_policy::error) { continue; }
         for (const auto& [name, tensor] : models_[m]) {
-            if (!has_rows_of_tokens(name) || tensor.shape.empty() || !models_.front().find(name)) { continue; }
-            if (rows_of(tensor) >= mine.tokens.size()) { continue; }
-            const auto& last = *mine.tokens.texts.rbegin();
-            refuse_tokenizer(mine.tokenizer,
-                taskvec::message("gives token '", printable(*last.second), "' the id ", last.first, ", but '", name,
-                    "' of ", inputs[m].label, " has ", rows_of(tensor),
-                    " rows: they contradict each other; use the tokenizer of this model, or line rows up by index, "
-                    "without a tokenizer.json beside it"));
+            if (!is_of_tokens(name, tensor.shape) || tensor.shape.empty() || !models_.front().find(name)) { continue; }
+            check_rows(mine.tokenizer, mine.tokens, name, tensor, inputs[m].label);
         }
     }
 }
@@ -502,7 +562,7 @@ void lined_up_vocabulary::plan(const std::vector<vocabulary_input>& inputs, cons
             for (const auto& name : names) {
                 const auto* const mine = models_[m].find(name);
                 if (members_[m].by_text || !mine || new_tokens_.empty()) { continue; }
-                if (rows_of(*mine) <= rows_of(*models_.front().find(name))) { continue; }
+                if (rows_of(name, *mine) <= rows_of(name, *models_.front().find(name))) { continue; }
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
                     taskvec::message("--vocabulary union: '", name, "' of ", inputs[m].label,
                         " has rows that the first model lacks, and no tokenizer.json says of which tokens: give it "
@@ -680,14 +740,14 @@ void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, c
     row_counts rows;
     for (const auto& input : inputs) {
         const auto* const mine = input.model->find(name);
-        rows.push_back(mine ? std::optional(rows_of(*mine)) : std::nullopt);
+        rows.push_back(mine ? std::optional(rows_of(name, *mine)) : std::nullopt);
     }
     auto& runs = runs_[rows];
     if (runs.empty()) { runs = runs_of(inputs, rows, name); }
     std::vector<taskvec::const_tensor_ref> tensors;
     for (const auto& input : inputs) {
         const auto* const mine = input.model->find(name);
-        tensors.push_back(mine ? *mine : *inputs.front().model->find(name));
+        tensors.push_back(by_tokens(name, mine ? *mine : *inputs.front().model->find(name)));
     }
     std::uint64_t filled = 0; // rows up to a multiple
     if (rules_) {
@@ -727,6 +787,9 @@ void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, c
                 changed = select(
                     {changed, mean}, {{0, tokens_of_result(), {{0, 0}}}, {tokens_of_result(), filled, {{1, 0}}}});
             }
+        }
+        if (is_row_of_tokens(name, inputs[m].model->find(name)->shape)) {
+            changed.shape.insert(changed.shape.begin(), 1);
         }
         taskvec::const_model_ref others;
         for (const auto& [other, tensor] : models_[m]) { others.insert(other, other == name ? changed : tensor); }
@@ -791,12 +854,26 @@ void lined_up_vocabulary::say(const std::vector<vocabulary_input>& inputs, const
             token_list(lost) + " of " + inputs.front().label + (lost.size() == 1 ? " is" : " are")
                 + " left out: not all models have " + (lost.size() == 1 ? "it" : "them"));
     }
-    const auto* const result = models_.front().find(tensors_.front());
-    const auto* const before = inputs.front().model->find(tensors_.front());
-    if (rows_of(*result) != rows_of(*before)) {
+    const auto& name = tensors_.front();
+    const auto result = rows_of(name, *models_.front().find(name)),
+               before = rows_of(name, *inputs.front().model->find(name));
+    if (result != before) {
         note(run,
-            taskvec::message("the vocabulary of the result has ", grouped(rows_of(*result)), " rows, that of ",
-                inputs.front().label, " has ", grouped(rows_of(*before))));
+            taskvec::message("the vocabulary of the result has ", grouped(result), " rows, that of ",
+                inputs.front().label, " has ", grouped(before)));
+    }
+    for (const auto& one : tensors_) {
+        const auto& stored = *inputs.front().model->find(one);
+        const auto* const layer = dynamic_cast<const taskvec::quantised_tensor*>(stored.source);
+        const auto& made = *models_.front().find(one);
+        if ((!layer || made.source == stored.source)
+            && (taskvec::is_storage(stored.dtype) || made.dtype == stored.dtype)) {
+            continue;
+        }
+        note(run,
+            taskvec::message("'", one, "' of ", inputs.front().label, " does not stay ",
+                layer ? taskvec::to_string(layer->layer().scheme) : taskvec::to_string(stored.dtype),
+                ": its rows are lined up, and it is written as numbers"));
     }
 }
 
@@ -849,6 +926,42 @@ std::pair<std::string, std::string> parts_of_merge(const large_json& merge)
     const auto space = text.find(' ', 1);
     return space == text.npos ? std::pair<std::string, std::string>()
                               : std::pair(text.substr(0, space), text.substr(space + 1));
+}
+
+/// Whether an entry of added_tokens is one.
+bool is_description(const large_json& entry)
+{
+    return entry.is_object() && entry.contains("id") && entry["id"].is_number_unsigned() && entry.contains("content")
+        && entry["content"].is_string();
+}
+
+/// The ids that the tokenizers library gives added tokens, whatever the file says: that of model.vocab, and to what is
+/// not in there one after another behind it.
+std::map<std::string, std::uint64_t> ids_of_added(const large_json& tokenizer)
+{
+    std::map<std::string, std::uint64_t> own, ids;
+    const auto& vocabulary = tokenizer.at("model").at("vocab");
+    if (vocabulary.is_object()) {
+        for (const auto& [text, id] : vocabulary.items()) {
+            if (id.is_number_unsigned()) { own.emplace(text, id.get<std::uint64_t>()); }
+        }
+    }
+    else {
+        for (const auto& piece : vocabulary) {
+            if (piece.is_array() && !piece.empty() && piece[0].is_string()) {
+                own.emplace(piece[0].get<std::string>(), own.size());
+            }
+        }
+    }
+    auto next = std::uint64_t{vocabulary.size()};
+    for (const auto& entry : tokenizer.at("added_tokens")) {
+        if (!is_description(entry)) { continue; }
+        const auto& text = entry["content"].get_ref<const std::string&>();
+        if (ids.contains(text)) { continue; }
+        const auto place = own.find(text);
+        ids.emplace(text, place == own.end() ? next++ : place->second);
+    }
+    return ids;
 }
 
 /// Of the pieces of a Unigram vocabulary; 0 where none is below.
@@ -950,42 +1063,6 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
     for (const auto& entry : descriptions) {
         if (is_description(entry)) { vocabulary[entry["content"].get<std::string>()] = entry["id"]; }
     }
-/// Whether an entry of added_tokens is one.
-bool is_description(const large_json& entry)
-{
-    return entry.is_object() && entry.contains("id") && entry["id"].is_number_unsigned() && entry.contains("content")
-        && entry["content"].is_string();
-}
-
-/// The ids that the tokenizers library gives added tokens, whatever the file says: that of model.vocab, and to what is
-/// not in there one after another behind it.
-std::map<std::string, std::uint64_t> ids_of_added(const large_json& tokenizer)
-{
-    std::map<std::string, std::uint64_t> own, ids;
-    const auto& vocabulary = tokenizer.at("model").at("vocab");
-    if (vocabulary.is_object()) {
-        for (const auto& [text, id] : vocabulary.items()) {
-            if (id.is_number_unsigned()) { own.emplace(text, id.get<std::uint64_t>()); }
-        }
-    }
-    else {
-        for (const auto& piece : vocabulary) {
-            if (piece.is_array() && !piece.empty() && piece[0].is_string()) {
-                own.emplace(piece[0].get<std::string>(), own.size());
-            }
-        }
-    }
-    auto next = std::uint64_t{vocabulary.size()};
-    for (const auto& entry : tokenizer.at("added_tokens")) {
-        if (!is_description(entry)) { continue; }
-        const auto& text = entry["content"].get_ref<const std::string&>();
-        if (ids.contains(text)) { continue; }
-        const auto place = own.find(text);
-        ids.emplace(text, place == own.end() ? next++ : place->second);
-    }
-    return ids;
-}
-
     return true;
 }
 
@@ -1099,7 +1176,7 @@ std::vector<std::string> lined_up_vocabulary::drop_lost_ids(std::string& config)
 {
     std::vector<std::string> keys;
     if (!changed_ || policy_ != vocabulary_policy::truncate) { return keys; }
-    const auto rows = rows_of(*models_.front().find(tensors_.front()));
+    const auto rows = rows_of(tensors_.front(), *models_.front().find(tensors_.front()));
     auto content = json::parse(taskvec::quoted_constants(config), nullptr, false);
     if (!content.is_object()) { return keys; }
     const auto lost = [&](const json& id) { return id.is_number_unsigned() && id.get<std::uint64_t>() >= rows; };

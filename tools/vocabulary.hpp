@@ -36,7 +36,7 @@ void add_vocabulary_option(command& verb, std::string& vocabulary);
 
 /// Whether a tensor of this name has a row for each token: input embeddings, and heads with their biases.
 [[nodiscard]] bool has_rows_of_tokens(std::string_view name);
-/// Whether two shapes are the same, or differ by the rows of tokens alone.
+/// Whether two shapes are the same, or differ by the rows of tokens alone (of a bias 1×V, by its entries).
 [[nodiscard]] bool same_but_tokens(std::string_view name, const taskvec::extents& a, const taskvec::extents& b);
 
 /// A token that tokenizers add to their model's vocabulary, as tokenizer.json describes it.
@@ -101,7 +101,8 @@ struct vocabulary_input {
 /// mergekit: a merge then leaves the row of a token that one model has as it is there.
 ///
 /// Never moves: models() may refer to it. Throws shape_mismatch where rows differ and the policy is `error`,
-/// format_error where a tokenizer has more tokens than an embedding has rows, invalid_argument where nothing is common.
+/// format_error where a tokenizer has more tokens than an embedding has rows, under any policy, invalid_argument where
+/// nothing is common. Where rows are merged by index it is noted which of them are of different tokens.
 class lined_up_vocabulary {
 public:
     /// `include`: which tensors count for the policy `error`; empty: all. `rules`: for the policies `base` and `all`,
@@ -142,6 +143,8 @@ private:
     };
     using row_counts = std::vector<std::optional<std::uint64_t>>;
 
+    void check_by_index(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names,
+        const run_options& run) const;
     void read_tokenizers(const std::vector<vocabulary_input>& inputs);
     void plan(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names);
     void add_tokens_of_rules(const std::vector<vocabulary_input>& inputs);

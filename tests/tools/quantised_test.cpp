@@ -493,6 +493,40 @@ TEST_CASE("fp8 without scales stays fp8 with --dtype keep, and becomes numbers w
         merged({"--lambda", "4000", "--dtype", "keep", "--overflow", "propagate"}).at("a").bytes == "\x7f\x39\x7e\xff");
 }
 
+TEST_CASE("a quantised embedding whose rows are lined up does not stay quantised, and it is said")
+{
+    const scratch folder;
+    for (const auto& [name, rows] : std::map<std::string, std::size_t>{{"less", 3}, {"more", 4}}) {
+        const auto count = static_cast<std::int64_t>(rows);
+        const std::string layer = "model.embed_tokens.weight";
+        std::filesystem::create_directory(folder / name);
+        write_stored(folder / name / "model.safetensors",
+            {{layer, {taskvec::dtype::f8_e4m3, {count, 2}, std::string(2 * rows, '\x38')}},
+                {layer + "_scale", floats({count, 1}, std::vector<float>(rows, 2))}});
+        spill(folder / name / "config.json",
+            R"({"vocab_size": )" + std::to_string(rows)
+                + R"(, "quantization_config": {"quant_method": "compressed-tensors"}})");
+    }
+    const auto merged = [&](const std::string& policy) {
+        std::filesystem::remove_all(folder / "out");
+        return run(folder,
+            {"merge", "--method", "average", "--task", "less", "--task", "more", "--vocabulary", policy, "--dtype",
+                "keep", "--out", "out"});
+    };
+    const std::string said = "'model.embed_tokens.weight' of 'less' does not stay scaled FP8";
+    const auto grown = merged("union");
+    REQUIRE_MESSAGE(grown.code == 0, grown.err);
+    CHECK(grown.err.find(said) != std::string::npos);
+    const auto result = read_values(folder / "out/model.safetensors");
+    CHECK(result.size() == 1);
+    CHECK(result.at("model.embed_tokens.weight").values == std::vector<float>(8, 2)); // 0x38 is 1
+    // The base's own rows stay what they are.
+    const auto kept = merged("base");
+    REQUIRE_MESSAGE(kept.code == 0, kept.err);
+    CHECK(kept.err.find(said) == std::string::npos);
+    CHECK(taskvec::safetensors_file(folder / "out/model.safetensors").entries().size() == 2);
+}
+
 TEST_CASE("a layer is excluded whole, and then copied as it is stored")
 {
     const quantised_models m;

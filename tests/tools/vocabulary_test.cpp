@@ -132,7 +132,9 @@ TEST_CASE("vocabularies that differ are refused by default, and the message name
     write_directory(m.folder / "turned", {.own = {"b", "a", "c"}, .added = {"<s>"}, .shift = 1});
     const auto turned = m.merge({"turned"}, {});
     CHECK(turned.code == 0);
-    CHECK(says(turned.err, "give 2 tokens ('b', 'a') of the former other ids: their rows are merged by index"));
+    CHECK(says(turned.err,
+        "the tokenizers of 'turned' and 'base' give the ids of 2 tokens ('b', 'a') of the former to others in the "
+        "latter: their rows are merged by index"));
     CHECK(column(m.folder / "out")[0] == value_of("b") + 1);
     CHECK(m.merge({"turned"}, {"--vocabulary", "base"}).code == 0);
     CHECK(column(m.folder / "out") == values_of({"a", "b", "c", "<s>"}, 1));
@@ -292,6 +294,119 @@ TEST_CASE("the row of every token is that of the id that tokenizers reads")
     CHECK(refusal.code == 1);
     CHECK(says(refusal.err, "tokenizers would read '<s>' of"));
     CHECK(says(refusal.err, "--vocabulary base"));
+}
+
+TEST_CASE("a row that is that of different tokens is noted, whichever models they are of")
+{
+    const scratch folder;
+    write_directory(folder / "base", {.own = {"a", "b", "c"}, .added = {"<s>"}, .padding = 2});
+    write_directory(folder / "x", {.own = {"a", "b", "c"}, .added = {"<s>", "<x>"}, .padding = 1, .shift = 1});
+    write_directory(folder / "y", {.own = {"a", "b", "c"}, .added = {"<s>", "<y>"}, .padding = 1, .shift = 2});
+    write_directory(folder / "z", {.own = {"a", "b", "c"}, .added = {"<s>", "<x>"}, .padding = 1, .shift = 3});
+    const std::string said = "the tokenizers of 'y' and 'x' give the id of 1 token ('<y>') of the former to another in "
+                             "the latter: their rows are merged by index";
+    const auto merged = [&](words line) {
+        line.insert(line.begin(), {"merge", "--out", "out.safetensors"});
+        const auto done = run(folder, line);
+        CHECK_MESSAGE(done.code == 0, done.err);
+        return done.err;
+    };
+    for (const bool tokenizer : {true, false}) {
+        if (!tokenizer) { std::filesystem::remove(folder / "base/tokenizer.json"); }
+        for (const std::string method : {"ties", "task-arithmetic", "average"}) {
+            CAPTURE(method);
+            const words two{"--method", method, "--base", "base", "--task", "x", "--task", "y"};
+            const auto noted = merged(two);
+            CHECK(says(noted, said));
+            CHECK(says(noted, "with a tokenizer.json beside 'base', --vocabulary base or union") != tokenizer);
+            auto three = two;
+            three.insert(three.end(), {"--task", "z"});
+            CHECK(says(merged(three), said));
+        }
+        CHECK_FALSE(
+            says(merged({"--method", "ties", "--base", "base", "--task", "x", "--task", "z"}), "are merged by index"));
+        // Rows that take no part are not merged.
+        CHECK_FALSE(says(merged({"--method", "ties", "--base", "base", "--task", "x", "--task", "y", "--exclude",
+                             "embed_tokens|lm_head"}),
+            "are merged by index"));
+    }
+    CHECK(says(merged({"--method", "average", "--task", "x", "--task", "y"}), said));
+}
+
+TEST_CASE("a tokenizer with more tokens than there are rows is refused without --vocabulary too")
+{
+    const scratch folder;
+    for (const std::string name : {"a", "b"}) {
+        write_directory(folder / name, {.own = {"p", "q", "r"}, .shift = name == "a" ? 0.0F : 1.0F});
+    }
+    nlohmann::json tokenizer{{"model", {{"type", "BPE"}, {"vocab", nlohmann::json::object()}}}};
+    for (int id = 0; id < 5; ++id) { tokenizer["model"]["vocab"]["t" + std::to_string(id)] = id; }
+    const std::string because = "has 5 tokens and gives token 't4' the id 4, but 'lm_head.weight' of 'b' has 3 rows: "
+                                "they contradict each other; use the tokenizer of this model, or move this file away";
+    spill(folder / "b/tokenizer.json", tokenizer.dump());
+    for (const words& line : {words{"--method", "average", "--task", "a", "--task", "b"},
+             words{"--method", "ties", "--base", "a", "--task", "b"},
+             words{"--method", "task-arithmetic", "--base", "b", "--task", "a"},
+             words{"--method", "passthrough", "--task", "b"},
+             words{"--method", "ties", "--base", "a", "--task", "b", "--vocabulary", "base"},
+             words{"--method", "average", "--task", "b", "--task", "b", "--vocabulary", "union", "--quiet"}}) {
+        auto all = line;
+        all.insert(all.begin(), {"merge", "--out", "new"});
+        refused(folder, all, 1, because);
+    }
+    // In both models, as in one.
+    spill(folder / "a/tokenizer.json", tokenizer.dump());
+    refused(folder, {"merge", "--method", "average", "--task", "a", "--task", "b", "--out", "new"}, 1, "of 'a' has 3");
+    // The way on.
+    for (const std::string name : {"a", "b"}) { std::filesystem::remove(folder / name / "tokenizer.json"); }
+    CHECK(run(folder, {"merge", "--method", "average", "--task", "a", "--task", "b", "--out", "new"}).code == 0);
+}
+
+TEST_CASE("a bias with an entry for each token along its last side is lined up as the rows are")
+{
+    const scratch folder;
+    const auto write = [&](const std::string& name, const vocabulary& v) {
+        std::filesystem::remove_all(folder / name);
+        write_directory(folder / name, v);
+        auto model = read_values(folder / name / "model.safetensors");
+        std::vector<float> bias;
+        for (const auto& row : column(folder / name)) { bias.push_back(row); }
+        const auto count = static_cast<std::int64_t>(bias.size());
+        model["final_logits_bias"] = {taskvec::dtype::f32, {1, count}, bias};
+        write_values(folder / name / "model.safetensors", model);
+    };
+    const auto bias = [&] { return read_values(folder / "out/model.safetensors").at("final_logits_bias"); };
+    const auto merged = [&](const std::string& policy) {
+        std::filesystem::remove_all(folder / "out");
+        return run(folder,
+            {"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base", "--task", "task",
+                "--vocabulary", policy, "--out", "out"});
+    };
+    for (const bool tokenizer : {true, false}) {
+        CAPTURE(tokenizer);
+        write("base", {.own = {"a", "b"}, .added = {"c"}, .tokenizer = tokenizer});
+        const words own = tokenizer ? words{"b", "d", "a"} : words{"a", "b", "c", "d"};
+        write("task", {.own = own, .added = tokenizer ? words{"c"} : words{"e"}, .shift = 1, .tokenizer = tokenizer});
+        refused(folder,
+            {"merge", "--method", "ties", "--base", "base", "--task", "task", "--include", "final_logits_bias", "--out",
+                "new"},
+            1,
+            tokenizer ? "tensor 'final_logits_bias' has 4 rows in 'task' and 3 in 'base'"
+                      : "tensor 'final_logits_bias' has 5 rows in 'task' and 3 in 'base'");
+        auto done = merged("union");
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        auto expected = values_of(tokenizer ? words{"a", "b", "c", "d"} : words{"a", "b", "c", "d", "e"}, 1);
+        CHECK(bias().shape == taskvec::extents{1, tokenizer ? 4 : 5});
+        CHECK(bias().values == expected);
+        CHECK(column(folder / "out") == expected);
+        for (const std::string policy : {"base", "truncate"}) {
+            CAPTURE(policy);
+            done = merged(policy);
+            REQUIRE_MESSAGE(done.code == 0, done.err);
+            CHECK(bias().shape == taskvec::extents{1, 3});
+            CHECK(bias().values == values_of({"a", "b", "c"}, 1));
+        }
+    }
 }
 
 TEST_CASE("--vocabulary truncate ends at the last token that all have")
