@@ -32,7 +32,7 @@ namespace {
 
 /// Modules and whole tensors under the names that --rename and --map give them.
 template <class T>
-void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<name_rule>& rules)
+void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<name_rule>& rules, const run_options& run)
 {
     if (rules.empty()) { return; }
     taskvec::const_model_ref names;
@@ -52,7 +52,7 @@ void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<nam
         if (!names.find(name)) { add(name); }
     }
     std::map<std::string, std::string> after;
-    for (const auto& [name, tensor] : renamed(names, rules, adapter.label)) {
+    for (const auto& [name, tensor] : renamed(names, rules, adapter.label, run)) {
         after.emplace(before[static_cast<std::size_t>(tensor.shape[0])], name);
     }
     const auto under = [&](auto& map) {
@@ -314,7 +314,7 @@ void adapter_sum::add(
     restore_rows(read, how.base_path);
     taskvec::split_experts(read, base_);
     if (const auto rules = how.names.find(argument.text); rules != how.names.end()) {
-        rename_modules(read, rules->second);
+        rename_modules(read, rules->second, run);
     }
     const auto config = config_beside(how.base_path);
     call_as_files_do(read, config, run);

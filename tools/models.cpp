@@ -134,7 +134,7 @@ taskvec::checkpoint open_noted(
     auto model = open_guarded(path, index == "lenient" ? taskvec::index_check::lenient : taskvec::index_check::strict);
     for (const auto& text : model.notes()) { note(run, text); }
     if (!rules.empty()) { check_readable(model, {}, false); } // its parts would go by other names than their layer
-    if (!rules.empty()) { model.set_model(renamed(model.model(), rules, in_quotes(path))); }
+    if (!rules.empty()) { model.set_model(renamed(model.model(), rules, in_quotes(path), run)); }
     return model;
 }
 

@@ -206,21 +206,27 @@ void add_rename_options(command& verb, name_rules& rules, const std::vector<std:
     });
 }
 
-taskvec::const_model_ref renamed(
-    const taskvec::const_model_ref& model, const std::vector<name_rule>& rules, const std::string& label)
+taskvec::const_model_ref renamed(const taskvec::const_model_ref& model, const std::vector<name_rule>& rules,
+    const std::string& label, const run_options& run)
 {
     auto names = names_of(model);
     std::string what;
     for (const auto& rule : rules) {
         bool any = false;
+        std::vector<std::string> unused; // names of a table
         if (rule.is_table) {
             what = "--map '" + rule.text + "'";
             const auto table = read_table(rule.text);
+            std::set<std::string_view> used;
             for (auto& name : names) {
                 if (const auto place = table.find(name); place != table.end()) {
                     name = place->second;
-                    any = true;
+                    used.insert(place->first);
                 }
+            }
+            any = !used.empty();
+            for (const auto& [from, to] : table) {
+                if (!used.contains(from)) { unused.push_back(from); }
             }
         }
         else {
@@ -248,6 +254,11 @@ taskvec::const_model_ref renamed(
                 what + " matches no tensor of " + label
                     + (names.empty() ? "" : ", whose first is '" + names.front() + "'")
                     + ": see 'taskvec inspect' for the names");
+        }
+        if (!unused.empty()) {
+            note(run,
+                what + " renames nothing by " + counted(unused.size(), "name") + " that " + label + " has not ('"
+                    + printable(unused.front()) + "'" + (unused.size() > 1 ? " …)" : ")"));
         }
     }
     return rules.empty() ? model : under_names(model, names, label, what);

@@ -38,9 +38,10 @@ void add_name_options(command& verb, name_rules& rules, bool& match_prefixes,
 void add_rename_options(command& verb, name_rules& rules, const std::vector<std::string>& model_options);
 
 /// A model's tensors under the names that rules give them. Throws usage_error for a rule that is none, invalid_argument
-/// for one that matches nothing or gives one name to two tensors. `label`: the model, for messages.
-[[nodiscard]] taskvec::const_model_ref renamed(
-    const taskvec::const_model_ref& model, const std::vector<name_rule>& rules, const std::string& label);
+/// for one that matches nothing or gives one name to two tensors; notes how many names of a table match nothing.
+/// `label`: the model, for messages.
+[[nodiscard]] taskvec::const_model_ref renamed(const taskvec::const_model_ref& model,
+    const std::vector<name_rule>& rules, const std::string& label, const run_options& run);
 
 /// How names of `model` become names of `reference`: by prefixes that are taken off and put before, and by segments
 /// that wrappers put within names (_fsdp_wrapped_module, …).

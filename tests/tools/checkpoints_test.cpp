@@ -476,6 +476,22 @@ TEST_CASE("--rename and --map belong to the model before them, or to the first")
     spill(folder / "bad.txt", "only\n");
     CHECK(with({"--map", "bad.txt"}, {"bad.txt", "line 1", "OLD NEW"}));
     CHECK(with({"--map", "absent.txt"}, {"absent.txt"}));
+    // Names that are not there are counted, and a table of such alone is refused.
+    spill(folder / "more.json", R"({"A": "a", "x.b": "b.x", "tpyo": "y"})");
+    spill(folder / "more.txt", "A a\ntpyo y\nx.b b.x\nzzz z\n");
+    spill(folder / "wrong.txt", "tpyo y\n");
+    for (const std::string table : {"more.json", "more.txt"}) {
+        CAPTURE(table);
+        const auto result = merge(folder,
+            {"--base", "base.safetensors", "--task", "task.safetensors", "--map", table, "--out", "o.safetensors"});
+        REQUIRE_MESSAGE(result.code == 0, result.err);
+        CHECK(same(read_values(folder / "o.safetensors"), expected));
+        CHECK(has(result.err,
+            "--map '" + table + "' renames nothing by "
+                + (table == "more.json" ? "1 name that 'task.safetensors' has not ('tpyo')"
+                                        : "2 names that 'task.safetensors' has not ('tpyo' …)")));
+    }
+    CHECK(with({"--map", "wrong.txt"}, {"--map 'wrong.txt' matches no tensor of 'task.safetensors'"}));
 }
 
 TEST_CASE("a head that is tied to its embedding is found where it lacks, and left out where it is one too many")
