@@ -301,8 +301,8 @@ std::string prefix_match::ways(const std::string& model) const
 bool prefix_match::wrappers_only() const
 {
     static const std::set<std::string_view> wrappers{"", "model", "base_model", "_orig_mod", "module",
-        "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "language_model", "text_model", "transformer", "backbone",
-        "base", "net", "llm", "lm", "bert", "roberta", "gpt_neox"};
+        "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "language_model", "text_model",
+        "transformer", "backbone", "base", "net", "llm", "lm", "bert", "roberta", "gpt_neox"};
     const auto known = [](std::string_view text) {
         while (!text.empty()) {
             const auto dot = text.find('.');
@@ -317,6 +317,14 @@ bool prefix_match::wrappers_only() const
 
 namespace {
 
+/// The segments that wrappers put within names: PyTorch's, and PEFT's around a layer that it adapts.
+std::vector<std::string_view> segments_within()
+{
+    std::vector<std::string_view> segments(taskvec::wrapper_segments.begin(), taskvec::wrapper_segments.end());
+    segments.emplace_back("base_layer");
+    return segments;
+}
+
 /// A model under names without the segments that wrappers put within them, and those that were found; nothing where
 /// there are none, or two tensors would have one name. What stands at the beginning is a prefix like others.
 struct unwrapped_model {
@@ -328,13 +336,15 @@ std::optional<unwrapped_model> unwrapped(const taskvec::const_model_ref& model)
 {
     unwrapped_model made;
     for (const auto& [name, tensor] : model) {
-        const auto dot = std::min(name.find('.'), name.size());
-        auto plain = name.substr(0, dot);
-        if (dot < name.size()) { plain += "." + taskvec::without_wrappers(std::string_view(name).substr(dot + 1)); }
-        if (!made.names.emplace(plain, name).second) { return std::nullopt; }
-        for (const auto segment : taskvec::wrapper_segments) {
-            if (name.find("." + std::string(segment) + ".") != name.npos) { made.segments.emplace(segment); }
+        auto plain = name;
+        for (const auto segment : segments_within()) {
+            const auto within = "." + std::string(segment) + ".";
+            for (std::size_t at = 0; (at = plain.find(within, at)) != plain.npos;) {
+                plain.erase(at, within.size() - 1);
+                made.segments.emplace(segment);
+            }
         }
+        if (!made.names.emplace(plain, name).second) { return std::nullopt; }
     }
     if (made.segments.empty()) { return std::nullopt; }
     for (const auto& [plain, name] : made.names) { made.model.insert(plain, *model.find(name)); }

@@ -44,7 +44,7 @@ void add_rename_options(command& verb, name_rules& rules, const std::vector<std:
     const std::vector<name_rule>& rules, const std::string& label, const run_options& run);
 
 /// How names of `model` become names of `reference`: by prefixes that are taken off and put before, and by segments
-/// that wrappers put within names (_fsdp_wrapped_module, …).
+/// that wrappers put within names (_fsdp_wrapped_module, PEFT's base_layer, …).
 struct prefix_match {
     struct change {
         std::string off, on;

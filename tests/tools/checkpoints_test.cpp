@@ -402,7 +402,8 @@ TEST_CASE("segments that wrappers put within names are found, proposed, and left
         return result;
     };
     REQUIRE_FALSE(same(wrapped(base, "", "x"), base));
-    for (const std::string segment : {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}) {
+    for (const std::string segment :
+        {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "base_layer"}) {
         for (const std::string before : {"", "_fsdp_wrapped_module."}) {
             CAPTURE(segment);
             CAPTURE(before);
