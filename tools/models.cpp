@@ -228,6 +228,21 @@ bool same_elements(const aligned_operand& a, const aligned_operand& b, std::size
 
 /// Whether task t has the base's bytes in every tensor that takes part. Costs nothing where the ends of some tensor
 /// differ, as after any training; otherwise one read of both.
+/// Without a base the first task's tensors are merged with those of all others.
+void check_all_have(const std::vector<taskvec::const_model_ref>& tasks, const taskvec::model_options& options)
+{
+    for (const auto& [name, tensor] : tasks.front()) {
+        if (options.include && !options.include(name)) { continue; }
+        for (std::size_t t = 1; t < tasks.size(); ++t) {
+            if (tasks[t].find(name)) { continue; }
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_missing,
+                taskvec::message("tensor '", name, "' of ", options.labels.front(), " is missing in ",
+                    options.labels[t], ": add it, or leave it out by --exclude, and the result has that of ",
+                    options.labels.front()));
+        }
+    }
+}
+
 bool equals_base(const taskvec::aligned_models& models, std::size_t t)
 {
     static constexpr std::size_t edge = 1024;
@@ -292,6 +307,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     check_filters(request);
     models_.emplace(base_ ? &base_model() : nullptr, task_models_, std::move(options));
     for (const auto& [t, sum] : sums_) {
+    if (!base_) { check_all_have(task_models_, options); }
         for (auto& source : sum->changes().attach(*models_, t)) { sources_.push_back(std::move(source)); }
     }
     if (models_->tensors().empty() && !models_->outputs().empty()) {

@@ -250,6 +250,20 @@ TEST_CASE("factors of adapters are refused by the verb that merges models")
     }
 }
 
+TEST_CASE("without a base a tensor that a task lacks can be left out, as the message says")
+{
+    const scratch folder;
+    write_values(folder / "a.safetensors", {{"w", f32({2}, {1, 2})}, {"buffer", f32({1}, {7})}});
+    write_values(folder / "b.safetensors", {{"w", f32({2}, {3, 4})}});
+    words line{
+        "merge", "--method", "average", "--task", "a.safetensors", "--task", "b.safetensors", "--out", "o.safetensors"};
+    CHECK(refused(run(folder, line),
+        {"tensor 'buffer' of 'a.safetensors' is missing in 'b.safetensors'", "leave it out by --exclude"}));
+    line.insert(line.end(), {"--exclude", "^buffer$"});
+    REQUIRE(run(folder, line).code == 0);
+    CHECK(same(read_values(folder / "o.safetensors"), {{"w", f32({2}, {2, 3})}, {"buffer", f32({1}, {7})}}));
+}
+
 TEST_CASE("places that are no plain files are written through or refused, and stay what they are")
 {
     const scratch folder;
