@@ -14,6 +14,8 @@
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <set>
+#include <tuple>
 
 namespace tool {
 
@@ -226,8 +228,6 @@ bool same_elements(const aligned_operand& a, const aligned_operand& b, std::size
     return true;
 }
 
-/// Whether task t has the base's bytes in every tensor that takes part. Costs nothing where the ends of some tensor
-/// differ, as after any training; otherwise one read of both.
 /// Without a base the first task's tensors are merged with those of all others.
 void check_all_have(const std::vector<taskvec::const_model_ref>& tasks, const taskvec::model_options& options)
 {
@@ -243,6 +243,8 @@ void check_all_have(const std::vector<taskvec::const_model_ref>& tasks, const ta
     }
 }
 
+/// Whether task t has the base's bytes in every tensor that takes part. Costs nothing where the ends of some tensor
+/// differ, as after any training; otherwise one read of both.
 bool equals_base(const taskvec::aligned_models& models, std::size_t t)
 {
     static constexpr std::size_t edge = 1024;
@@ -305,9 +307,9 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     check_scales(request);
     line_up_vocabulary(request);
     check_filters(request);
+    if (!base_) { check_all_have(task_models_, options); }
     models_.emplace(base_ ? &base_model() : nullptr, task_models_, std::move(options));
     for (const auto& [t, sum] : sums_) {
-    if (!base_) { check_all_have(task_models_, options); }
         for (auto& source : sum->changes().attach(*models_, t)) { sources_.push_back(std::move(source)); }
     }
     if (models_->tensors().empty() && !models_->outputs().empty()) {
@@ -456,17 +458,30 @@ std::string merge_inputs::name_of_base(const model_request& request) const
 
 void check_no_factors(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include)
 {
+    adapter_part first, unread;
+    std::string of_first, of_unread;
+    std::set<std::string> patterns;
     for (const auto& [name, tensor] : model.model()) {
         if (include && !include(name)) { continue; }
-        if (const auto kind = adapter_kind(name); !kind.empty()) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
-                taskvec::message(in_quotes(model.path()), " holds factors of an adapter (", kind, ": '", name,
-                    "'): merged each by itself they give cross terms, not the mean of the updates. "
-                    "'taskvec merge-lora' merges adapters; where factors lie beside a whole model, --exclude "
-                    "'lora|hada|lokr' "
-                    "leaves them out"));
-        }
+        auto part = adapter_part_of(name, model.model());
+        if (part.kind.empty()) { continue; }
+        patterns.insert(part.pattern);
+        const bool read = part.read;
+        if (first.kind.empty()) { std::tie(first, of_first) = std::pair(part, name); }
+        if (!read && unread.kind.empty()) { std::tie(unread, of_unread) = std::pair(std::move(part), name); }
     }
+    if (patterns.empty()) { return; }
+    std::string all;
+    for (const auto& pattern : patterns) { all += (all.empty() ? "" : "|") + pattern; }
+    const bool read = unread.kind.empty();
+    const auto& part = read ? first : unread;
+    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+        taskvec::message(in_quotes(model.path()), " holds factors of an adapter (", part.kind, ": '",
+            read ? of_first : of_unread, "'): merged each by itself they give ",
+            read ? "cross terms, not the mean of the updates. 'taskvec merge-lora' merges adapters"
+                 : "another model than the mean of what they make of theirs, and no verb reads this kind: fold each "
+                   "adapter into its model with what made it (PEFT's merge_and_unload), and merge the models",
+            "; where factors lie beside a whole model, --exclude '", all, "' leaves them out"));
 }
 
 /// Ties, and prefixes: both say what they did, and prefixes are only proposed unless --match-prefixes asks.

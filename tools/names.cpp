@@ -690,24 +690,103 @@ taskvec::const_model_ref model_of_layers(const std::vector<layers_taken>& parts)
     return result;
 }
 
-std::string adapter_kind(std::string_view name)
+namespace {
+
+/// The segments of names that are of an adapter, as PEFT's tuners, LyCORIS and others call them; what ends in "_"
+/// begins such segments.
+struct adapter_words {
+    std::string_view kind, segments; ///< with spaces between
+    bool read = false; ///< by the verbs for adapters
+};
+constexpr adapter_words known_adapters[]{{"DoRA", "lora_magnitude_vector dora_scale", true}, {"LoHa", "hada_", true},
+    {"LoKr", "lokr_", true},
+    {"LoRA", "lora_A lora_B lora_E lora_a lora_b lora_up lora_down lora_mid lora_embedding_A lora_embedding_B", true},
+    {"OFT", "oft_R oft_r oft_s oft_embedding_R oft_blocks oft_diag", false}, {"BOFT", "boft_R boft_s", false},
+    {"PSOFT", "psoft_R", false}, {"VeRA", "vera_lambda_ vera_A vera_B", false},
+    {"PVeRA", "pvera_lambda_ pvera_A pvera_B", false}, {"IA3", "ia3_l", false}, {"VB-LoRA", "vblora_", false},
+    {"RandLoRA", "randlora_", false}, {"GLoRA", "glora_", false}, {"GraLoRA", "gralora_", false},
+    {"TinyLoRA", "tinylora_", false}, {"UniLoRA", "unilora_", false}, {"DeLoRA", "delora_", false},
+    {"Poly", "poly_lora_ poly_router", false}, {"SuperTuning", "supertuning_", false},
+    {"HiRA", "hira_A hira_B hira_embedding_A hira_embedding_B", false}, {"HRA", "hra_u", false},
+    {"FourierFT", "fourierft_spectrum", false}, {"WaveFT", "waveft_spectrum", false}, {"SHiRA", "shira_weight", false},
+    {"C3A", "c3a_kernel", false}, {"RoAd", "road_theta road_alpha", false}, {"Bone", "bone_block", false},
+    {"MiSS", "miss_block", false}, {"AdaMSS", "adamss_A adamss_B", false}, {"FRoD", "frod_lambda_", false},
+    {"PEANuT", "peanut_A peanut_B peanut_encoders peanut_decoders", false},
+    {"Lily", "lily_A lily_B lily_router", false}, {"DEFT", "deft_P deft_R", false}, {"BEFT", "beft_bias", false},
+    {"OSF", "osf_svd_params", false}, {"trainable tokens", "trainable_tokens_delta", false}};
+
+/// Whether a name is one of kohya's scripts or LyCORIS, in which dots of modules are underscores.
+bool is_underscored(std::string_view name)
+{
+    for (const std::string_view begin : {"lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_",
+             "lora_transformer_", "lora_prior_", "lycoris_", "oft_unet_", "oft_te_"}) {
+        if (name.starts_with(begin)) { return true; }
+    }
+    return false;
+}
+
+/// "lora1", "qkv_lora2": a projection of its own, as XLabs number them.
+bool is_numbered_lora(std::string_view segment)
+{
+    const auto end = segment.find_last_not_of("0123456789");
+    return end != segment.npos && end + 1 < segment.size() && segment.substr(0, end + 1).ends_with("lora");
+}
+
+} // namespace
+
+adapter_part adapter_part_of(std::string_view name, const taskvec::const_model_ref& model)
 {
     const auto has = [&](std::string_view part) { return name.find(part) != name.npos; };
-    if (has("lora_magnitude_vector") || has("dora_scale")) { return "DoRA"; }
-    if (has(".hada_w1") || has(".hada_w2") || has(".hada_t1") || has(".hada_t2")) { return "LoHa"; }
-    if (has(".lokr_w1") || has(".lokr_w2") || has(".lokr_t2")) { return "LoKr"; }
-    if (has(".oft_r.") || has(".oft_blocks") || has(".oft_diag") || has(".oft_R")) { return "OFT"; }
-    if (has(".vera_lambda_")) { return "VeRA"; }
-    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_a.", ".lora_b.", ".lora_up.", ".lora_down.",
-             ".lora_mid.", ".lora_embedding_A", ".lora_embedding_B", ".lora.up.", ".lora.down.", "_lora.up.",
-             "_lora.down.", ".lora_linear_layer.up.", ".lora_linear_layer.down."}) {
-        if (has(part)) { return "LoRA"; }
+    for (const auto& adapter : known_adapters) {
+        for (auto rest = adapter.segments; !rest.empty();) {
+            const auto word = rest.substr(0, rest.find(' '));
+            rest.remove_prefix(std::min(rest.size(), word.size() + 1));
+            for (auto at = name.find(word); at != name.npos; at = name.find(word, at + 1)) {
+                const auto end = at + word.size();
+                const bool begins = at == 0 || name[at - 1] == '.';
+                const bool ends = word.ends_with('_') || end == name.size() || name[end] == '.';
+                if (!begins || !ends) { continue; }
+                return {
+                    std::string(adapter.kind), std::string(word.starts_with("lora_") ? "lora" : word), adapter.read};
+            }
+        }
     }
-    if (name.ends_with(".lora_A") || name.ends_with(".lora_B") || name.ends_with(".lora_a")
-        || name.ends_with(".lora_b")) {
-        return "LoRA";
+    std::string_view before; // the segment before that at `at`
+    for (std::size_t at = 0; at < name.size();) {
+        const auto end = std::min(name.find('.', at), name.size());
+        const auto segment = name.substr(at, end - at);
+        if (segment == "up" || segment == "down") {
+            if (is_numbered_lora(before) || has(".processor.qkv_lora.") || has(".processor.proj_lora.")) {
+                return {"XLabs' LoRA", "lora", false};
+            }
+            if (before == "lora" || before == "lora_linear_layer" || before.ends_with("_lora")) {
+                return {"LoRA", "lora", true};
+            }
+        }
+        before = segment;
+        at = end + 1;
     }
-    return "";
+    // GLoRA of LyCORIS has plain names: all four of a module tell it.
+    for (const std::string_view factor : {".a1.", ".a2.", ".b1.", ".b2.", ".bm."}) {
+        const auto at = name.rfind(factor);
+        if (at == name.npos || at + factor.size() + 6 != name.size() || !name.ends_with("weight")) { continue; }
+        const std::string stem(name.substr(0, at));
+        bool all = true;
+        for (const char* other : {".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"}) {
+            all = all && model.find(stem + other);
+        }
+        if (all) { return {"GLoRA", is_underscored(name) ? "lora" : "\\.(a1|a2|b1|b2|bm)\\.", false}; }
+    }
+    if (!is_underscored(name) || !has(".")) { return {}; }
+    // Differences of whole tensors are merged as they are.
+    for (const std::string_view ending : {".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight", ".alpha"}) {
+        if (name.ends_with(ending)) { return {}; }
+    }
+    return {"LyCORIS",
+        name.starts_with("lycoris_")   ? "^lycoris_"
+            : name.starts_with("oft_") ? "^oft_"
+                                       : "^lora_",
+        false};
 }
 
 std::string closest_name(const std::string& pattern, const std::vector<std::string>& names)

@@ -116,8 +116,13 @@ struct layers_taken {
 /// and the last one's is tied to its embedding is that embedding.
 [[nodiscard]] taskvec::const_model_ref model_of_layers(const std::vector<layers_taken>& parts);
 
-/// What kind of adapter's factor a tensor is by its name ("LoRA", "LoHa", "LoKr", …); empty: none.
-[[nodiscard]] std::string adapter_kind(std::string_view name);
+/// What of an adapter a tensor is by its name, and by its neighbours where that is not enough.
+struct adapter_part {
+    std::string kind; ///< "LoRA", "LoHa", "OFT", …; empty: no part of an adapter
+    std::string pattern; ///< what --exclude leaves such parts out by
+    bool read = false; ///< whether the verbs for adapters read this kind
+};
+[[nodiscard]] adapter_part adapter_part_of(std::string_view name, const taskvec::const_model_ref& model);
 
 /// The name that is most like a pattern that matched nothing, for "did you mean"; empty: none is.
 [[nodiscard]] std::string closest_name(const std::string& pattern, const std::vector<std::string>& names);
