@@ -454,7 +454,7 @@ bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sha
     std::error_code ignored;
     if (sharded || !out.has_filename() || fs::is_directory(out, ignored)) { return true; }
     const bool names_file = out.extension() == ".safetensors" || out.extension() == ".st";
-    return holds_files(first_model) && !names_file && !fs::exists(out, ignored);
+    return holds_files(first_model) && !names_file; // a file of that name is in its way
 }
 
 void claim_model(const run_options& run, const fs::path& out, bool directory)

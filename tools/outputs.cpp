@@ -37,6 +37,18 @@ std::vector<std::pair<fs::path, std::string>>& claimed()
         taskvec::system_error_code(code), taskvec::message(what, ": ", std::strerror(code)), path.string(), code);
 }
 
+/// Refuses a link that leads nowhere: what is renamed onto it would take its place.
+void check_link(const fs::path& path)
+{
+    std::error_code unknown;
+    const auto link = path.has_filename() ? path : path.parent_path(); // "DIR/" is DIR
+    if (!fs::is_symlink(fs::symlink_status(link, unknown)) || fs::exists(link, unknown)) { return; }
+    taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
+        taskvec::message("is a link to '", fs::read_symlink(link, unknown).string(),
+            "', which is not there: mend the link (a disk that is not mounted?), or name another path"),
+        link.string(), ENOENT);
+}
+
 } // namespace
 
 special_place special_place_of(const fs::path& path)
@@ -87,14 +99,7 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
         }
         return;
     }
-    std::error_code unknown;
-    const auto link = path.has_filename() ? path : path.parent_path(); // "DIR/" is DIR
-    if (fs::is_symlink(fs::symlink_status(link, unknown)) && !fs::exists(link, unknown)) {
-        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
-            taskvec::message("is a link to '", fs::read_symlink(link, unknown).string(),
-                "', which is not there: mend the link (a disk that is not mounted?), or name another path"),
-            link.string(), ENOENT);
-    }
+    check_link(path);
     if (kind == output_kind::model && !path.has_filename()) { kind = output_kind::directory; }
     const auto place = place_of(path);
     for (const auto& [other, owner] : claimed()) {
@@ -330,6 +335,7 @@ text_output::text_output(const std::string& path)
     if (path.empty()) { return; }
     place_ = special_place_of(path);
     if (place_.kind != special_place::none) { return; }
+    check_link(path);
     file_ = std::make_unique<revocable_file>(path);
 }
 

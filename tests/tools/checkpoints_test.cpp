@@ -315,6 +315,22 @@ TEST_CASE("without a base a tensor that a task lacks can be left out, as the mes
     CHECK(same(read_values(folder / "o.safetensors"), {{"w", f32({2}, {2, 3})}, {"buffer", f32({1}, {7})}}));
 }
 
+TEST_CASE("a file that bears the name of the directory to be is in its way, and stays")
+{
+    const scratch folder;
+    for (const std::string name : {"a", "b"}) {
+        std::filesystem::create_directory(folder / name);
+        write_values(folder / name / "model.safetensors", {{"w", f32({2}, {1, 2})}});
+    }
+    spill(folder / "notes", "mine");
+    const words line{"merge", "--method", "average", "--task", "a", "--task", "b", "--out", "notes"};
+    CHECK(refused(run(folder, line), {"notes", "exists and is not a directory"}));
+    CHECK(slurp(folder / "notes") == "mine");
+    // A model's file of that name is replaced where files are merged.
+    CHECK(run(folder, {"merge", "--method", "average", "--task", "a/model.safetensors", "--out", "notes"}).code == 0);
+    CHECK(read_values(folder / "notes").at("w").values == std::vector<float>{1, 2});
+}
+
 TEST_CASE("places that are no plain files are written through or refused, and stay what they are")
 {
     const scratch folder;
@@ -365,6 +381,10 @@ TEST_CASE("a link that leads nowhere is no place for an output")
             CHECK_FALSE(std::filesystem::exists(folder / "o.safetensors"));
         }
         CHECK(std::filesystem::is_symlink(folder / (place == "link/" ? "link" : place)));
+    }
+    for (const std::string place : {"link", "round"}) { // what takes no model
+        CHECK(refused(run(folder, {"completion", "bash", "--out", place}), {place + ": is a link to '"}));
+        CHECK(std::filesystem::is_symlink(folder / place));
     }
     std::filesystem::create_directories(lost);
     CHECK(run(folder, {"merge", "--method", "average", "--task", "a.safetensors", "--out", "link/o.safetensors"}).code
