@@ -18,6 +18,7 @@ namespace tool {
 
 taskvec::checkpoint open_adapter(const fs::path& path)
 {
+    check_no_hub_cache(path);
     const auto file = taskvec::adapter_tensor_file(path);
     if (!taskvec::is_gguf_file(file)) { return open_guarded(file); }
     install_handlers();

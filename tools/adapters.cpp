@@ -112,6 +112,7 @@ void add_rank_options(command& verb, rank_settings& settings)
 void check_peft_directory(const fs::path& path)
 {
     std::error_code ignored;
+    check_no_hub_cache(path);
     const bool directory = fs::is_directory(path, ignored);
     if (!directory && !fs::exists(path, ignored)) { return; } // which read_peft() says
     if (directory && (fs::exists(taskvec::peft_tensor_file(path), ignored) || !is_adapter(path))) { return; }

@@ -620,7 +620,7 @@ private:
         }
         if (place == layers_.end()) {
             try {
-                const auto model = taskvec::open_model(one.path);
+                const auto model = tool::open_guarded(one.path);
                 place = layers_.emplace(one.path, tool::count_layers(model.model(), "'" + one.name + "'")).first;
             }
             catch (const taskvec::invalid_argument& wrong) {

@@ -7,6 +7,7 @@
 
 #include <taskvec/core/error.hpp>
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/file.hpp>
 
 #include <algorithm>
 #include <array>
@@ -21,6 +22,7 @@
 #include <mutex>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include <unistd.h>
 
@@ -259,6 +261,32 @@ bool holds_f64(const taskvec::checkpoint& model)
         [](const auto& entry) { return entry.tensor.dtype == taskvec::dtype::f64; });
 }
 
+void check_no_hub_cache(const fs::path& path)
+{
+    std::error_code ignored;
+    const auto snapshots = path / "snapshots";
+    if (!fs::is_directory(snapshots, ignored)) { return; }
+    const auto folder = path.has_filename() ? path : path.parent_path(); // "DIR/" is DIR
+    if (!folder.filename().string().starts_with("models--") && !fs::is_directory(path / "blobs", ignored)) { return; }
+    std::vector<fs::path> found;
+    for (fs::directory_iterator it(snapshots, ignored), end; !ignored && it != end; it.increment(ignored)) {
+        found.push_back(it->path());
+    }
+    std::sort(found.begin(), found.end());
+    if (const auto main = path / "refs" / "main"; fs::is_regular_file(main, ignored)) {
+        auto revision = taskvec::read_text_file(main);
+        while (!revision.empty() && static_cast<unsigned char>(revision.back()) <= ' ') { revision.pop_back(); }
+        if (!revision.empty() && fs::is_directory(snapshots / revision, ignored)) {
+            found.insert(found.begin(), snapshots / revision);
+        }
+    }
+    taskvec::raise<taskvec::io_error>(taskvec::error_code::model_not_found,
+        found.empty() ? std::string("is a model in the Hub's cache, and its snapshots/ are empty: fetch it again")
+                      : taskvec::message("is a model in the Hub's cache, whose files lie in its snapshots/: name ",
+                            in_quotes(found.front())),
+        path.string());
+}
+
 taskvec::checkpoint open_guarded(const fs::path& path)
 {
     return open_guarded(path, taskvec::index_check::strict);
@@ -267,6 +295,7 @@ taskvec::checkpoint open_guarded(const fs::path& path)
 taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how)
 {
     install_handlers();
+    check_no_hub_cache(path);
     auto model = taskvec::open_model(path, how);
     for (const auto& file : model.files()) { guard_map(file.map()); }
     return model;

@@ -31,6 +31,8 @@ void check_inputs();
 void say_plainly(const char* text);
 /// Whether an interrupt (SIGINT, SIGTERM, SIGHUP, SIGQUIT) has asked the tool to stop.
 [[nodiscard]] bool was_interrupted();
+/// Refuses a directory of the Hub's cache (models--ORG--NAME) with the name of the snapshot in it that holds the files.
+void check_no_hub_cache(const fs::path& path);
 /// taskvec::open_model(), with the maps known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path);
 [[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how);

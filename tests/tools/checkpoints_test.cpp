@@ -331,6 +331,33 @@ TEST_CASE("a file that bears the name of the directory to be is in its way, and 
     CHECK(read_values(folder / "notes").at("w").values == std::vector<float>{1, 2});
 }
 
+TEST_CASE("a model in the Hub's cache is named by its snapshot")
+{
+    const scratch folder;
+    const auto model = folder.path() / "models--org--a";
+    for (const std::string revision : {"abc", "def"}) {
+        std::filesystem::create_directories(model / "snapshots" / revision);
+        write_values(model / "snapshots" / revision / "model.safetensors", {{"w", f32({2}, {1, 2})}});
+    }
+    const auto told = [&](const std::string& revision) {
+        const words parts{"models--org--a: is a model in the Hub's cache", "models--org--a/snapshots/" + revision};
+        return refused(run(folder, {"inspect", "models--org--a"}), parts)
+            && refused(
+                run(folder, {"merge", "--method", "average", "--task", "models--org--a", "--out", "o.safetensors"}),
+                parts)
+            && refused(run(folder, {"merge-lora", "--method", "linear", "--adapter", "models--org--a/", "--out", "o"}),
+                {"is a model in the Hub's cache", "snapshots/" + revision});
+    };
+    CHECK(told("abc"));
+    std::filesystem::create_directories(model / "refs");
+    spill(model / "refs/main", "def\n");
+    CHECK(told("def"));
+    CHECK(run(folder, {"inspect", "models--org--a/snapshots/def"}).code == 0);
+    std::filesystem::remove_all(model / "snapshots");
+    std::filesystem::create_directories(model / "snapshots");
+    CHECK(refused(run(folder, {"inspect", "models--org--a"}), {"fetch it again"}));
+}
+
 TEST_CASE("places that are no plain files are written through or refused, and stay what they are")
 {
     const scratch folder;
