@@ -364,9 +364,11 @@ void run_extract_lora(extract_lora_settings given)
             return source->type() == taskvec::dtype::f64;
         });
     }
-    const auto names = list_of(base.model());
-    tool::check_patterns(given.include, "--include", names, "tensor of '" + given.base + "'");
-    tool::check_patterns(given.exclude, "--exclude", names, "tensor of '" + given.base + "'");
+    auto names = list_of(base.model());
+    for (auto& name : list_of(tuned)) { names.push_back(std::move(name)); }
+    const auto models = "tensor of '" + given.base + "'" + (given.task.empty() ? "" : " and '" + given.task + "'");
+    tool::check_patterns(given.include, "--include", names, models);
+    tool::check_patterns(given.exclude, "--exclude", names, models);
     constexpr std::string_view suffix = ".weight";
     std::map<std::string, bool> modules;
     for (const auto& [name, tensor] : base.model()) {

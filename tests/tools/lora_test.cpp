@@ -515,6 +515,50 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     refused(folder, {"extract-lora", "--base", "base.safetensors", "--rank", "1", "--out", "out"}, 2, "--task");
 }
 
+TEST_CASE("extract-lora goes past tensors that one model has more, and past integers that are saved no more")
+{
+    const scratch folder;
+    const auto [base, task] = two_models();
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    REQUIRE(run(folder, with(extract, {"--rank", "2"})).code == 0);
+    const auto expected = slurp(folder / "out/adapter_model.safetensors");
+    const auto extracted = [&] {
+        std::filesystem::remove_all(folder / "out");
+        const auto done = run(folder, with(extract, {"--rank", "2", "--exclude", "^v_head"}));
+        CHECK_MESSAGE(done.code == 0, done.err);
+        return done.code == 0 && slurp(folder / "out/adapter_model.safetensors") == expected;
+    };
+    auto more = task;
+    more["v_head.weight"] = tensor(1, 4, 1);
+    write_values(folder / "task.safetensors", more);
+    std::filesystem::remove_all(folder / "out");
+    refused(folder, with(extract, {"--rank", "2"}), 1, "the tool: --exclude");
+    CHECK(extracted());
+    write_values(folder / "task.safetensors", task);
+    auto mine = base;
+    mine["v_head.weight"] = tensor(1, 4, 1);
+    write_values(folder / "base.safetensors", mine);
+    CHECK(extracted());
+    refused(folder, with(extract, {"--rank", "2", "--exclude", "nowhere"}), 1,
+        "matches no tensor of 'base.safetensors' and 'task.safetensors'");
+    // A buffer of integers in the base alone.
+    write_values(folder / "base.safetensors", base);
+    {
+        const auto plain = taskvec::open_model(folder / "base.safetensors");
+        auto model = plain.model();
+        const std::vector<std::int64_t> ids{0, 1};
+        model.insert("position_ids", taskvec::const_tensor_ref{ids.data(), taskvec::dtype::i64, {2}});
+        taskvec::write_safetensors(folder / "buffered.safetensors", model, {}, taskvec::durability::process);
+    }
+    std::filesystem::remove_all(folder / "out");
+    auto line = with(extract, {"--rank", "2"});
+    std::replace(line.begin(), line.end(), std::string("base.safetensors"), std::string("buffered.safetensors"));
+    const auto done = run(folder, line);
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    CHECK(slurp(folder / "out/adapter_model.safetensors") == expected);
+}
+
 TEST_CASE(
     "merge-lora linear is exact: the weighted sum of the updates, of different ranks and targets, negative weights too")
 {

@@ -54,6 +54,7 @@ struct extract_result : adapter_result<T> {
 /// decomposed by `decompose`. A convolution of one input channel may be one of as many groups as it has outputs, whose
 /// update has no factors: it is none of the layers. Layers go one at a time: the memory is three to four times the
 /// largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that differ are listed.
+/// An integer tensor that the fine-tuned model lacks is the base's.
 /// Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's, unless clamped;
 /// nothing to extract), shape_mismatch, dtype_mismatch, nonfinite_error.
 ///
@@ -170,22 +171,25 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
         if (!base.find(name) && (!options.include || options.include(name))) {
             raise<invalid_argument>(error_code::tensor_unexpected,
                 message("tensor '", name, "' of ", options.tuned_label, " is not in ", options.base_label,
-                    ": leave it out, if it was added on purpose"));
+                    ": leave it out, if it was added on purpose (extract_options::include; the tool: --exclude)"));
         }
     }
     for (const auto& [name, tensor] : base) {
         if (options.include && !options.include(name)) { continue; }
         const const_tensor_ref* const other = tuned.find(name);
         if (!other) {
+            // Integers (a buffer that is saved no more) have not changed: what lacks them has the base's.
+            if (!is_storage(tensor.dtype) && !is_fp8(tensor.dtype)) { continue; }
             raise<invalid_argument>(error_code::tensor_missing,
                 message("tensor '", name, "' of ", options.base_label, " is missing in ", options.tuned_label,
-                    ": leave it out, if it was removed on purpose"));
+                    ": leave it out, if it was removed on purpose (extract_options::include; the tool: --exclude)"));
         }
         if (other->shape != tensor.shape) {
             raise<shape_mismatch>(error_code::tensor_shape,
                 message("tensor '", name, "' has shape ", to_string(other->shape), " in ", options.tuned_label, " but ",
                     to_string(tensor.shape), " in ", options.base_label,
-                    ": leave it out, or extract from models of one architecture"));
+                    ": leave it out (extract_options::include; the tool: --exclude), or extract from models of one "
+                    "architecture"));
         }
         for (const auto* one : {&tensor, other}) {
             if (one->space != memory_space::host || !one->contiguous()) {
