@@ -357,9 +357,27 @@ TEST_CASE("a tokenizer with more tokens than there are rows is refused without -
     // In both models, as in one.
     spill(folder / "a/tokenizer.json", tokenizer.dump());
     refused(folder, {"merge", "--method", "average", "--task", "a", "--task", "b", "--out", "new"}, 1, "of 'a' has 3");
+    // Equal files, which are not read whole where a glance at their numbers is enough.
+    const words line{"merge", "--method", "average", "--task", "a", "--task", "b", "--out", "new"};
+    const auto both = [&](const std::string& text) {
+        for (const std::string name : {"a", "b"}) { spill(folder / name / "tokenizer.json", text); }
+    };
+    for (const std::string text : {R"({"model": {"vocab": [["p", -1.5], ["q", -2], ["r", 0.0], ["s" , -3e-1]]}})",
+             R"({"added_tokens": [{"content": "p\\", "id" :3}], "model": {"vocab": {"q": 0}}})"}) {
+        both(text);
+        refused(folder, line, 1, "of 'a' has 3 rows");
+    }
+    for (const std::string text : {R"({"model": {"vocab": [["\": 7", -1.5], ["q", -2], ["[", 0.0]]}})",
+             R"({"model": {"vocab": {"p\\": 0, "1": 1, "\", 9": 2}, "merges": [["7", "8"], ["a", "b"]]}})",
+             R"({"truncation": {"max_length": 512}, "model": {"vocab": {"p": 0, "q": 1, "r": 2}}})"}) {
+        both(text);
+        const auto done = run(folder, line);
+        CHECK_MESSAGE(done.code == 0, done.err);
+        std::filesystem::remove_all(folder / "new");
+    }
     // The way on.
     for (const std::string name : {"a", "b"}) { std::filesystem::remove(folder / name / "tokenizer.json"); }
-    CHECK(run(folder, {"merge", "--method", "average", "--task", "a", "--task", "b", "--out", "new"}).code == 0);
+    CHECK(run(folder, line).code == 0);
 }
 
 TEST_CASE("a bias with an entry for each token along its last side is lined up as the rows are")
