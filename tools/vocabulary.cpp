@@ -527,26 +527,21 @@ void lined_up_vocabulary::check_by_index(
     std::vector<fs::path> files;
     std::uint64_t fewest = std::numeric_limits<std::uint64_t>::max();
     for (std::size_t m = 0; m < inputs.size(); ++m) {
-        if (auto file = tokenizer_of(inputs[m].path); !file.empty()) { files.push_back(std::move(file)); }
+        files.push_back(tokenizer_of(inputs[m].path));
         for (const auto& name : names) {
             if (const auto* const mine = models_[m].find(name)) { fewest = std::min(fewest, rows_of(name, *mine)); }
         }
     }
-    const auto as_first = [&](const fs::path& file) {
-        return file == files.front() || same_bytes(file, files.front());
-    };
-    if (files.empty()
-        || (std::all_of(files.begin(), files.end(), as_first) && glance_finds_rows(files.front(), fewest))) {
-        return;
-    }
-    files.clear();
+    const auto some = std::find_if(files.begin(), files.end(), [](const fs::path& file) { return !file.empty(); });
+    const bool one_file = std::all_of(some, files.end(),
+        [&](const fs::path& file) { return file.empty() || file == *some || same_bytes(file, *some); });
+    if (one_file && (some == files.end() || glance_finds_rows(*some, fewest))) { return; }
     std::vector<std::shared_ptr<const token_table>> tables; // equal files have one
     std::map<std::uint32_t, std::pair<const std::string*, std::size_t>> owners; // the first model that has the id
     for (std::size_t m = 0; m < inputs.size(); ++m) {
-        files.push_back(tokenizer_of(inputs[m].path));
         std::shared_ptr<const token_table> table;
         bool is_new = false;
-        if (const auto& file = files.back(); !file.empty()) {
+        if (const auto& file = files[m]; !file.empty()) {
             std::size_t same = 0;
             while (same < m && (files[same].empty() || !(files[same] == file || same_bytes(files[same], file)))) {
                 ++same;
@@ -562,7 +557,7 @@ void lined_up_vocabulary::check_by_index(
         if (!table) { continue; }
         for (const auto& name : names) {
             if (const auto* const mine = models_[m].find(name)) {
-                check_rows(files.back(), *table, name, *mine, inputs[m].label);
+                check_rows(files[m], *table, name, *mine, inputs[m].label);
             }
         }
         if (!is_new) { continue; }
