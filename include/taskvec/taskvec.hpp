@@ -18,6 +18,7 @@
 #include <taskvec/analysis/norms.hpp>
 #include <taskvec/analysis/scores.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/core/callback.hpp>
 #include <taskvec/core/config.hpp>
 #include <taskvec/core/csv.hpp>

@@ -4272,7 +4272,37 @@ template <storage_element T, arithmetic_element A, class Refuse>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/by_name.hpp
+#if !defined(TASKVEC_SINGLE_CORE_BY_NAME_HPP)
+#define TASKVEC_SINGLE_CORE_BY_NAME_HPP
+// Things with names, in the order of their names.
+// SPDX-License-Identifier: Apache-2.0
+
+
 #include <algorithm>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Where a thing of that name stands, or would stand, among things (`.name`) in the order of their names.
+template <class Things>
+[[nodiscard]] auto place_by_name(Things& things, std::string_view name)
+{
+    return std::lower_bound(things.begin(), things.end(), name,
+        [](const auto& thing, std::string_view wanted) { return std::string_view(thing.name) < wanted; });
+}
+
+/// The thing of that name among things in the order of their names, or null.
+template <class Things>
+[[nodiscard]] auto find_by_name(Things& things, std::string_view name) -> decltype(&*things.begin())
+{
+    const auto place = place_by_name(things, name);
+    return place != things.end() && place->name == name ? &*place : nullptr;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_BY_NAME_HPP
+
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -4486,7 +4516,7 @@ public:
     /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
     void insert(std::string name, Ref tensor)
     {
-        const auto place = lower_bound(name);
+        const auto place = detail::place_by_name(entries_, name);
         if (place != entries_.end() && place->name == name) {
             raise<invalid_argument>(
                 error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
@@ -4496,8 +4526,8 @@ public:
     /// The tensor of that name, or nullptr.
     [[nodiscard]] const Ref* find(std::string_view name) const
     {
-        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
-        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+        const entry* const one = detail::find_by_name(entries_, name);
+        return one ? &one->tensor : nullptr;
     }
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
     [[nodiscard]] auto end() const noexcept { return entries_.end(); }
@@ -4506,11 +4536,6 @@ public:
     [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
 
 private:
-    auto lower_bound(std::string_view name)
-    {
-        return std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
     std::vector<entry> entries_;
 };
 
@@ -15767,7 +15792,6 @@ TASKVEC_COMPILED_MODEL_MERGE(extern, della_options)
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -15800,9 +15824,7 @@ public:
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, tensor] : fishers[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
+                if (!detail::find_by_name(models.outputs(), name)) {
                     raise<invalid_argument>(error_code::tensor_unexpected,
                         message("tensor '", name, "' of ", fishers_label(labels, t, models),
                             " is not in the models: these are the statistics of another model"));
@@ -18638,13 +18660,11 @@ auto peru_fft(const P&, const Arguments&...)
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
-#include <string>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -18674,9 +18694,8 @@ public:
         detail::check_number("scale", {}, scale_);
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
-            const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
-                [](const aligned_tensor& tensor, const std::string& name) { return tensor.name < name; });
-            if (place == models.tensors().end() || place->name != entries.name) {
+            const aligned_tensor* const place = detail::find_by_name(models.tensors(), entries.name);
+            if (!place) {
                 raise<invalid_argument>(error_code::tensor_unexpected,
                     message("tensor '", entries.name, "' of the delta is not a floating tensor of ",
                         models.options().base_label));
@@ -18691,7 +18710,7 @@ public:
                     message("tensor '", place->name, "' is not F64 in ", models.options().base_label,
                         "; the delta holds F64 values"));
             }
-            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &entries;
+            tensors_[static_cast<std::size_t>(place - models.tensors().data())] = &entries;
         }
     }
     template <arithmetic_element A>
@@ -19960,7 +19979,6 @@ void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -20008,9 +20026,7 @@ public:
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, gram] : grams[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
+                if (!detail::find_by_name(models.outputs(), name)) {
                     raise<invalid_argument>(error_code::tensor_unexpected,
                         message("tensor '", name, "' of ", grams_label(labels, t, models),
                             " is not in the models: these are the statistics of another model"));
@@ -20247,12 +20263,7 @@ protected:
     }
 
 private:
-    [[nodiscard]] bool has(std::string_view name) const
-    {
-        const auto place = std::lower_bound(parameters_.begin(), parameters_.end(), name,
-            [](const tensor_spec& spec, std::string_view n) { return spec.name < n; });
-        return place != parameters_.end() && place->name == name;
-    }
+    [[nodiscard]] bool has(std::string_view name) const { return detail::find_by_name(parameters_, name) != nullptr; }
     /// Calls use(first, values, count) for consecutive runs of elements [first, first + size), in f64.
     template <class Use>
     static void visit_range(

@@ -2821,7 +2821,37 @@ inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity",
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/by_name.hpp
+#if !defined(TASKVEC_SINGLE_CORE_BY_NAME_HPP)
+#define TASKVEC_SINGLE_CORE_BY_NAME_HPP
+// Things with names, in the order of their names.
+// SPDX-License-Identifier: Apache-2.0
+
+
 #include <algorithm>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Where a thing of that name stands, or would stand, among things (`.name`) in the order of their names.
+template <class Things>
+[[nodiscard]] auto place_by_name(Things& things, std::string_view name)
+{
+    return std::lower_bound(things.begin(), things.end(), name,
+        [](const auto& thing, std::string_view wanted) { return std::string_view(thing.name) < wanted; });
+}
+
+/// The thing of that name among things in the order of their names, or null.
+template <class Things>
+[[nodiscard]] auto find_by_name(Things& things, std::string_view name) -> decltype(&*things.begin())
+{
+    const auto place = place_by_name(things, name);
+    return place != things.end() && place->name == name ? &*place : nullptr;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_BY_NAME_HPP
+
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -3035,7 +3065,7 @@ public:
     /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
     void insert(std::string name, Ref tensor)
     {
-        const auto place = lower_bound(name);
+        const auto place = detail::place_by_name(entries_, name);
         if (place != entries_.end() && place->name == name) {
             raise<invalid_argument>(
                 error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
@@ -3045,8 +3075,8 @@ public:
     /// The tensor of that name, or nullptr.
     [[nodiscard]] const Ref* find(std::string_view name) const
     {
-        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
-        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+        const entry* const one = detail::find_by_name(entries_, name);
+        return one ? &one->tensor : nullptr;
     }
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
     [[nodiscard]] auto end() const noexcept { return entries_.end(); }
@@ -3055,11 +3085,6 @@ public:
     [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
 
 private:
-    auto lower_bound(std::string_view name)
-    {
-        return std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
     std::vector<entry> entries_;
 };
 
@@ -9244,12 +9269,7 @@ public:
     }
     [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
     /// The entry of that name, or nullptr.
-    [[nodiscard]] const entry* find(std::string_view name) const
-    {
-        const auto place = std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& one, std::string_view wanted) { return one.name < wanted; });
-        return place != entries_.end() && place->name == name ? &*place : nullptr;
-    }
+    [[nodiscard]] const entry* find(std::string_view name) const { return detail::find_by_name(entries_, name); }
     [[nodiscard]] std::string_view content(const entry& one) const
     {
         return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
@@ -20378,12 +20398,7 @@ public:
     void parts() const&& = delete; // name the owner first: its views would dangle
     void find(std::string_view) const&& = delete; // name the owner first: its views would dangle
     /// The part of a tensor, or null where the delta leaves it as it is.
-    [[nodiscard]] const part* find(std::string_view name) const& noexcept
-    {
-        const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
-            [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
-        return place != parts_.end() && place->name == name ? &*place : nullptr;
-    }
+    [[nodiscard]] const part* find(std::string_view name) const& noexcept { return detail::find_by_name(parts_, name); }
     /// Entries in all tensors.
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
@@ -21299,12 +21314,7 @@ protected:
     }
 
 private:
-    [[nodiscard]] bool has(std::string_view name) const
-    {
-        const auto place = std::lower_bound(parameters_.begin(), parameters_.end(), name,
-            [](const tensor_spec& spec, std::string_view n) { return spec.name < n; });
-        return place != parameters_.end() && place->name == name;
-    }
+    [[nodiscard]] bool has(std::string_view name) const { return detail::find_by_name(parameters_, name) != nullptr; }
     /// Calls use(first, values, count) for consecutive runs of elements [first, first + size), in f64.
     template <class Use>
     static void visit_range(

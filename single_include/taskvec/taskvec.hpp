@@ -4279,7 +4279,37 @@ template <storage_element T, arithmetic_element A, class Refuse>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/by_name.hpp
+#if !defined(TASKVEC_SINGLE_CORE_BY_NAME_HPP)
+#define TASKVEC_SINGLE_CORE_BY_NAME_HPP
+// Things with names, in the order of their names.
+// SPDX-License-Identifier: Apache-2.0
+
+
 #include <algorithm>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Where a thing of that name stands, or would stand, among things (`.name`) in the order of their names.
+template <class Things>
+[[nodiscard]] auto place_by_name(Things& things, std::string_view name)
+{
+    return std::lower_bound(things.begin(), things.end(), name,
+        [](const auto& thing, std::string_view wanted) { return std::string_view(thing.name) < wanted; });
+}
+
+/// The thing of that name among things in the order of their names, or null.
+template <class Things>
+[[nodiscard]] auto find_by_name(Things& things, std::string_view name) -> decltype(&*things.begin())
+{
+    const auto place = place_by_name(things, name);
+    return place != things.end() && place->name == name ? &*place : nullptr;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_BY_NAME_HPP
+
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -4493,7 +4523,7 @@ public:
     /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
     void insert(std::string name, Ref tensor)
     {
-        const auto place = lower_bound(name);
+        const auto place = detail::place_by_name(entries_, name);
         if (place != entries_.end() && place->name == name) {
             raise<invalid_argument>(
                 error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
@@ -4503,8 +4533,8 @@ public:
     /// The tensor of that name, or nullptr.
     [[nodiscard]] const Ref* find(std::string_view name) const
     {
-        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
-        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+        const entry* const one = detail::find_by_name(entries_, name);
+        return one ? &one->tensor : nullptr;
     }
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
     [[nodiscard]] auto end() const noexcept { return entries_.end(); }
@@ -4513,11 +4543,6 @@ public:
     [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
 
 private:
-    auto lower_bound(std::string_view name)
-    {
-        return std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
     std::vector<entry> entries_;
 };
 
@@ -19457,7 +19482,6 @@ row_matrix<operand_scalar<G>> embedding_vjp(const G& dy, const Indices& indices,
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cstddef>
 #include <initializer_list>
 #include <string>
@@ -19488,7 +19512,7 @@ public:
     /// Adds a value; a name that is already there is an invalid_argument.
     Value& insert(std::string name, Value value)
     {
-        const auto place = lower_bound(entries_, name);
+        const auto place = detail::place_by_name(entries_, name);
         if (place != entries_.end() && place->name == name) {
             raise<invalid_argument>(error_code::tensor_repeated, message("parameter '", name, "' occurs twice"));
         }
@@ -19519,16 +19543,10 @@ public:
 
 private:
     template <class Entries>
-    static auto lower_bound(Entries& entries, std::string_view name)
-    {
-        return std::lower_bound(entries.begin(), entries.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
-    template <class Entries>
     static auto found(Entries& entries, std::string_view name) -> decltype(&entries[0].value)
     {
-        const auto place = lower_bound(entries, name);
-        return place != entries.end() && place->name == name ? &place->value : nullptr;
+        const auto one = detail::find_by_name(entries, name);
+        return one ? &one->value : nullptr;
     }
     template <class Entries>
     static auto& required(Entries& entries, std::string_view name)
@@ -23583,7 +23601,6 @@ TASKVEC_COMPILED_MODEL_MERGE(extern, della_options)
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -23616,9 +23633,7 @@ public:
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, tensor] : fishers[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
+                if (!detail::find_by_name(models.outputs(), name)) {
                     raise<invalid_argument>(error_code::tensor_unexpected,
                         message("tensor '", name, "' of ", fishers_label(labels, t, models),
                             " is not in the models: these are the statistics of another model"));
@@ -24763,7 +24778,6 @@ enum class weight_layout : std::uint8_t {
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -24811,9 +24825,7 @@ public:
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, gram] : grams[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
+                if (!detail::find_by_name(models.outputs(), name)) {
                     raise<invalid_argument>(error_code::tensor_unexpected,
                         message("tensor '", name, "' of ", grams_label(labels, t, models),
                             " is not in the models: these are the statistics of another model"));
@@ -27180,13 +27192,11 @@ TASKVEC_COMPILED_PERU_LORA(extern, double)
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
-#include <string>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -27216,9 +27226,8 @@ public:
         detail::check_number("scale", {}, scale_);
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
-            const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
-                [](const aligned_tensor& tensor, const std::string& name) { return tensor.name < name; });
-            if (place == models.tensors().end() || place->name != entries.name) {
+            const aligned_tensor* const place = detail::find_by_name(models.tensors(), entries.name);
+            if (!place) {
                 raise<invalid_argument>(error_code::tensor_unexpected,
                     message("tensor '", entries.name, "' of the delta is not a floating tensor of ",
                         models.options().base_label));
@@ -27233,7 +27242,7 @@ public:
                     message("tensor '", place->name, "' is not F64 in ", models.options().base_label,
                         "; the delta holds F64 values"));
             }
-            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &entries;
+            tensors_[static_cast<std::size_t>(place - models.tensors().data())] = &entries;
         }
     }
     template <arithmetic_element A>
@@ -28401,12 +28410,7 @@ protected:
     }
 
 private:
-    [[nodiscard]] bool has(std::string_view name) const
-    {
-        const auto place = std::lower_bound(parameters_.begin(), parameters_.end(), name,
-            [](const tensor_spec& spec, std::string_view n) { return spec.name < n; });
-        return place != parameters_.end() && place->name == name;
-    }
+    [[nodiscard]] bool has(std::string_view name) const { return detail::find_by_name(parameters_, name) != nullptr; }
     /// Calls use(first, values, count) for consecutive runs of elements [first, first + size), in f64.
     template <class Use>
     static void visit_range(

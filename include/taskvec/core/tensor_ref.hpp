@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/core/view.hpp>
 #include <taskvec/fwd.hpp>
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -219,7 +219,7 @@ public:
     /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
     void insert(std::string name, Ref tensor)
     {
-        const auto place = lower_bound(name);
+        const auto place = detail::place_by_name(entries_, name);
         if (place != entries_.end() && place->name == name) {
             raise<invalid_argument>(
                 error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
@@ -229,8 +229,8 @@ public:
     /// The tensor of that name, or nullptr.
     [[nodiscard]] const Ref* find(std::string_view name) const
     {
-        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
-        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+        const entry* const one = detail::find_by_name(entries_, name);
+        return one ? &one->tensor : nullptr;
     }
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
     [[nodiscard]] auto end() const noexcept { return entries_.end(); }
@@ -239,11 +239,6 @@ public:
     [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
 
 private:
-    auto lower_bound(std::string_view name)
-    {
-        return std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
     std::vector<entry> entries_;
 };
 

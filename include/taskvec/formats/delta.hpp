@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/fingerprint.hpp>
 #include <taskvec/select/sparse.hpp>
@@ -318,12 +319,7 @@ public:
     void parts() const&& = delete; // name the owner first: its views would dangle
     void find(std::string_view) const&& = delete; // name the owner first: its views would dangle
     /// The part of a tensor, or null where the delta leaves it as it is.
-    [[nodiscard]] const part* find(std::string_view name) const& noexcept
-    {
-        const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
-            [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
-        return place != parts_.end() && place->name == name ? &*place : nullptr;
-    }
+    [[nodiscard]] const part* find(std::string_view name) const& noexcept { return detail::find_by_name(parts_, name); }
     /// Entries in all tensors.
     [[nodiscard]] std::uint64_t kept() const noexcept
     {

@@ -2,6 +2,7 @@
 // and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/tensor_ref.hpp>
@@ -63,12 +64,7 @@ public:
     }
     [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
     /// The entry of that name, or nullptr.
-    [[nodiscard]] const entry* find(std::string_view name) const
-    {
-        const auto place = std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& one, std::string_view wanted) { return one.name < wanted; });
-        return place != entries_.end() && place->name == name ? &*place : nullptr;
-    }
+    [[nodiscard]] const entry* find(std::string_view name) const { return detail::find_by_name(entries_, name); }
     [[nodiscard]] std::string_view content(const entry& one) const
     {
         return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));

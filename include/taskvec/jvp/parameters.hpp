@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
 
-#include <algorithm>
 #include <cstddef>
 #include <initializer_list>
 #include <string>
@@ -36,7 +36,7 @@ public:
     /// Adds a value; a name that is already there is an invalid_argument.
     Value& insert(std::string name, Value value)
     {
-        const auto place = lower_bound(entries_, name);
+        const auto place = detail::place_by_name(entries_, name);
         if (place != entries_.end() && place->name == name) {
             raise<invalid_argument>(error_code::tensor_repeated, message("parameter '", name, "' occurs twice"));
         }
@@ -67,16 +67,10 @@ public:
 
 private:
     template <class Entries>
-    static auto lower_bound(Entries& entries, std::string_view name)
-    {
-        return std::lower_bound(entries.begin(), entries.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
-    template <class Entries>
     static auto found(Entries& entries, std::string_view name) -> decltype(&entries[0].value)
     {
-        const auto place = lower_bound(entries, name);
-        return place != entries.end() && place->name == name ? &place->value : nullptr;
+        const auto one = detail::find_by_name(entries, name);
+        return one ? &one->value : nullptr;
     }
     template <class Entries>
     static auto& required(Entries& entries, std::string_view name)

@@ -2,17 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/core/option_range.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
-#include <string>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -42,9 +41,8 @@ public:
         detail::check_number("scale", {}, scale_);
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
-            const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
-                [](const aligned_tensor& tensor, const std::string& name) { return tensor.name < name; });
-            if (place == models.tensors().end() || place->name != entries.name) {
+            const aligned_tensor* const place = detail::find_by_name(models.tensors(), entries.name);
+            if (!place) {
                 raise<invalid_argument>(error_code::tensor_unexpected,
                     message("tensor '", entries.name, "' of the delta is not a floating tensor of ",
                         models.options().base_label));
@@ -59,7 +57,7 @@ public:
                     message("tensor '", place->name, "' is not F64 in ", models.options().base_label,
                         "; the delta holds F64 values"));
             }
-            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &entries;
+            tensors_[static_cast<std::size_t>(place - models.tensors().data())] = &entries;
         }
     }
     template <arithmetic_element A>

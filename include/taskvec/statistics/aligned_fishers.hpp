@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/companion.hpp>
 
-#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -38,9 +38,7 @@ public:
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, tensor] : fishers[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
+                if (!detail::find_by_name(models.outputs(), name)) {
                     raise<invalid_argument>(error_code::tensor_unexpected,
                         message("tensor '", name, "' of ", fishers_label(labels, t, models),
                             " is not in the models: these are the statistics of another model"));

@@ -2,11 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/companion.hpp>
 #include <taskvec/models/weight_layout.hpp>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -54,9 +54,7 @@ public:
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, gram] : grams[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
+                if (!detail::find_by_name(models.outputs(), name)) {
                     raise<invalid_argument>(error_code::tensor_unexpected,
                         message("tensor '", name, "' of ", grams_label(labels, t, models),
                             " is not in the models: these are the statistics of another model"));

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/by_name.hpp>
 #include <taskvec/models/block.hpp>
 
 #include <algorithm>
@@ -161,12 +162,7 @@ protected:
     }
 
 private:
-    [[nodiscard]] bool has(std::string_view name) const
-    {
-        const auto place = std::lower_bound(parameters_.begin(), parameters_.end(), name,
-            [](const tensor_spec& spec, std::string_view n) { return spec.name < n; });
-        return place != parameters_.end() && place->name == name;
-    }
+    [[nodiscard]] bool has(std::string_view name) const { return detail::find_by_name(parameters_, name) != nullptr; }
     /// Calls use(first, values, count) for consecutive runs of elements [first, first + size), in f64.
     template <class Use>
     static void visit_range(
