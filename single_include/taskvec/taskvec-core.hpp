@@ -14864,6 +14864,33 @@ private:
     std::optional<kept_numbers> kept_; // of all vectors, on devices
 };
 
+/// A method whose factors are those of whole tensors, as Method's are, or those that Rule makes of rows or columns.
+template <class Method, class Rule>
+class method_by_vectors : public Method {
+public:
+    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
+    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, piece_memory& memory) const
+    {
+        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+    }
+
+protected:
+    /// `factors` of each vector; `of_method` goes to Method's constructor.
+    template <class Passes, class... OfMethod>
+    method_by_vectors(
+        Passes& passes, angles_between angles, std::size_t factors, const Rule& rule, OfMethod&&... of_method)
+        : Method(std::forward<OfMethod>(of_method)...)
+        , by_vector_(passes, angles, factors, rule)
+    { }
+    [[nodiscard]] const vector_factors<Rule>& by_vector() const noexcept { return by_vector_; }
+
+private:
+    vector_factors<Rule> by_vector_;
+};
+
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -16320,14 +16347,14 @@ struct scaled_vectors_body : detail::factors_of_vectors<A> {
 };
 
 template <>
-class method<model_stock_options> : public elementwise_method {
+class method<model_stock_options> : public detail::method_by_vectors<elementwise_method, detail::model_stock_rule> {
 public:
     template <class Passes>
     method(Passes& passes, const model_stock_options& options)
-        : weights_(passes, std::vector<double>(checked(passes.tasks()), 1.0))
-        , by_vector_(passes, options.angles, 1, detail::model_stock_rule{options.clamp, passes.tasks()})
+        : method_by_vectors(passes, options.angles, 1, detail::model_stock_rule{options.clamp, checked(passes.tasks())})
+        , weights_(passes, std::vector<double>(passes.tasks(), 1.0))
     {
-        if (by_vector_.any()) { return; }
+        if (by_vector().any()) { return; }
         const auto tasks = static_cast<std::uint32_t>(passes.tasks());
         std::vector<operand_pair> pairs;
         for (std::uint32_t i = 0; i < tasks; ++i) {
@@ -16348,16 +16375,8 @@ public:
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t tensor, Use&& use) const
     {
-        if (!by_vector_.any()) { return use(body<A>(tensor)); }
-        return use(scaled_vectors_body<A>{by_vector_.template get<A>(tensor)});
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
-    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
-    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
-    template <arithmetic_element A>
-    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
-    {
-        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+        if (!by_vector().any()) { return use(body<A>(tensor)); }
+        return use(scaled_vectors_body<A>{by_vector().template get<A>(tensor)});
     }
 
 private:
@@ -16368,7 +16387,6 @@ private:
     }
 
     kept_numbers weights_;
-    detail::vector_factors<detail::model_stock_rule> by_vector_;
     std::vector<double> factors_; // t/N for each tensor
 };
 
@@ -16620,7 +16638,7 @@ struct nuslerp_rule {
 } // namespace detail
 
 template <>
-class method<nuslerp_options> : public combination_method {
+class method<nuslerp_options> : public detail::method_by_vectors<combination_method, detail::nuslerp_rule> {
 public:
     template <class Passes>
     method(Passes& passes, const nuslerp_options& options)
@@ -16630,23 +16648,15 @@ public:
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t tensor, Use&& use) const
     {
-        if (!by_vector_.any()) { return use(body<A>(tensor)); }
-        return use(vector_combination_body<A>{by_vector_.template get<A>(tensor), on_base()});
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
-    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
-    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
-    template <arithmetic_element A>
-    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
-    {
-        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+        if (!by_vector().any()) { return use(body<A>(tensor)); }
+        return use(vector_combination_body<A>{by_vector().template get<A>(tensor), on_base()});
     }
 
 private:
     template <class Passes>
     method(Passes& passes, const detail::nuslerp_rule& rule, angles_between angles)
-        : combination_method(passes, passes.models().has_base(), rule, angles == angles_between::tensors)
-        , by_vector_(passes, angles, 2, rule)
+        : method_by_vectors(
+              passes, angles, 2, rule, passes, passes.models().has_base(), rule, angles == angles_between::tensors)
     { }
     /// t, between the two models.
     [[nodiscard]] static double place(const nuslerp_options& options, std::size_t tasks)
@@ -16659,8 +16669,6 @@ private:
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
-
-    detail::vector_factors<detail::nuslerp_rule> by_vector_;
 };
 
 #if defined(TASKVEC_COMPILED)

@@ -111,14 +111,14 @@ struct scaled_vectors_body : detail::factors_of_vectors<A> {
 };
 
 template <>
-class method<model_stock_options> : public elementwise_method {
+class method<model_stock_options> : public detail::method_by_vectors<elementwise_method, detail::model_stock_rule> {
 public:
     template <class Passes>
     method(Passes& passes, const model_stock_options& options)
-        : weights_(passes, std::vector<double>(checked(passes.tasks()), 1.0))
-        , by_vector_(passes, options.angles, 1, detail::model_stock_rule{options.clamp, passes.tasks()})
+        : method_by_vectors(passes, options.angles, 1, detail::model_stock_rule{options.clamp, checked(passes.tasks())})
+        , weights_(passes, std::vector<double>(passes.tasks(), 1.0))
     {
-        if (by_vector_.any()) { return; }
+        if (by_vector().any()) { return; }
         const auto tasks = static_cast<std::uint32_t>(passes.tasks());
         std::vector<operand_pair> pairs;
         for (std::uint32_t i = 0; i < tasks; ++i) {
@@ -139,16 +139,8 @@ public:
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t tensor, Use&& use) const
     {
-        if (!by_vector_.any()) { return use(body<A>(tensor)); }
-        return use(scaled_vectors_body<A>{by_vector_.template get<A>(tensor)});
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
-    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
-    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
-    template <arithmetic_element A>
-    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
-    {
-        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+        if (!by_vector().any()) { return use(body<A>(tensor)); }
+        return use(scaled_vectors_body<A>{by_vector().template get<A>(tensor)});
     }
 
 private:
@@ -159,7 +151,6 @@ private:
     }
 
     kept_numbers weights_;
-    detail::vector_factors<detail::model_stock_rule> by_vector_;
     std::vector<double> factors_; // t/N for each tensor
 };
 

@@ -67,7 +67,7 @@ struct nuslerp_rule {
 } // namespace detail
 
 template <>
-class method<nuslerp_options> : public combination_method {
+class method<nuslerp_options> : public detail::method_by_vectors<combination_method, detail::nuslerp_rule> {
 public:
     template <class Passes>
     method(Passes& passes, const nuslerp_options& options)
@@ -77,23 +77,15 @@ public:
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t tensor, Use&& use) const
     {
-        if (!by_vector_.any()) { return use(body<A>(tensor)); }
-        return use(vector_combination_body<A>{by_vector_.template get<A>(tensor), on_base()});
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
-    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
-    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
-    template <arithmetic_element A>
-    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
-    {
-        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+        if (!by_vector().any()) { return use(body<A>(tensor)); }
+        return use(vector_combination_body<A>{by_vector().template get<A>(tensor), on_base()});
     }
 
 private:
     template <class Passes>
     method(Passes& passes, const detail::nuslerp_rule& rule, angles_between angles)
-        : combination_method(passes, passes.models().has_base(), rule, angles == angles_between::tensors)
-        , by_vector_(passes, angles, 2, rule)
+        : method_by_vectors(
+              passes, angles, 2, rule, passes, passes.models().has_base(), rule, angles == angles_between::tensors)
     { }
     /// t, between the two models.
     [[nodiscard]] static double place(const nuslerp_options& options, std::size_t tasks)
@@ -106,8 +98,6 @@ private:
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
-
-    detail::vector_factors<detail::nuslerp_rule> by_vector_;
 };
 
 #if defined(TASKVEC_COMPILED)

@@ -314,6 +314,33 @@ private:
     std::optional<kept_numbers> kept_; // of all vectors, on devices
 };
 
+/// A method whose factors are those of whole tensors, as Method's are, or those that Rule makes of rows or columns.
+template <class Method, class Rule>
+class method_by_vectors : public Method {
+public:
+    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
+    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, piece_memory& memory) const
+    {
+        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+    }
+
+protected:
+    /// `factors` of each vector; `of_method` goes to Method's constructor.
+    template <class Passes, class... OfMethod>
+    method_by_vectors(
+        Passes& passes, angles_between angles, std::size_t factors, const Rule& rule, OfMethod&&... of_method)
+        : Method(std::forward<OfMethod>(of_method)...)
+        , by_vector_(passes, angles, factors, rule)
+    { }
+    [[nodiscard]] const vector_factors<Rule>& by_vector() const noexcept { return by_vector_; }
+
+private:
+    vector_factors<Rule> by_vector_;
+};
+
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
