@@ -780,52 +780,53 @@ private:
         }
         return found;
     }
+    /// The dictionary within a training checkpoint that has one of a model's usual names. Not one with fewer tensors
+    /// than lie beside it.
+    [[nodiscard]] part usual_part(const pickle_reader& pickle, const value& checkpoint)
+    {
+        using kind = pickle_reader::kind;
+        const std::size_t own = tensors_in(pickle, checkpoint);
+        for (const std::string_view usual : {"state_dict", "model_state_dict", "model", "module", "params_ema",
+                 "params", "ema", "net", "network", "weights"}) {
+            for (std::size_t i = 0; i < checkpoint.items.size(); i += 2) {
+                const auto& key = pickle.at(checkpoint.items[i]);
+                const auto& one = pickle.at(checkpoint.items[i + 1]);
+                if (key.what != kind::text || key.text != usual) { continue; }
+                if (const auto* const unknown = own == 0 ? opaque_in(pickle, one) : nullptr) {
+                    pickle.refuse_opaque(unknown->text);
+                }
+                const bool holds = one.what == kind::dictionary && holds_tensors(pickle, one);
+                if (holds && tensors_in(pickle, one) >= own) { return {usual, &one}; }
+            }
+        }
+        return {};
+    }
+    /// The dictionary within a training checkpoint that alone holds tensors.
+    [[nodiscard]] part only_part(const pickle_reader& pickle, const value& checkpoint)
+    {
+        const auto parts = parts_with_tensors(pickle, checkpoint);
+        if (parts.size() > 1) {
+            std::string names;
+            for (const auto& one : parts) { names += (names.empty() ? "'" : ", '") + first_words(one.key) + "'"; }
+            const value key{pickle_reader::kind::text, false, {}, 0, parts.front().key, {}};
+            fail_nested("holds several dictionaries of tensors (" + names + ")", key);
+        }
+        return parts.empty() ? part{} : parts.front();
+    }
     /// The model of a training checkpoint: under one of the usual names, or the only dictionary with tensors, down to
     /// the one that has them. What lies beside it is left out, with a note; tensors too, where they are fewer.
     [[nodiscard]] const value* state_dict_in(const pickle_reader& pickle, const value& result)
     {
-        using kind = pickle_reader::kind;
         const auto* model = &result;
         std::string way, left;
         for (unsigned depth = 0; depth < 4; ++depth) {
             const std::size_t own = tensors_in(pickle, *model);
-            const value* inner = nullptr;
-            std::string_view word;
-            for (const std::string_view usual : {"state_dict", "model_state_dict", "model", "module", "params_ema",
-                     "params", "ema", "net", "network", "weights"}) {
-                for (std::size_t i = 0; i < model->items.size() && !inner; i += 2) {
-                    const auto& key = pickle.at(model->items[i]);
-                    const auto& one = pickle.at(model->items[i + 1]);
-                    if (key.what != kind::text || key.text != usual) { continue; }
-                    if (own == 0) {
-                        if (const auto* const unknown = opaque_in(pickle, one)) { pickle.refuse_opaque(unknown->text); }
-                    }
-                    const bool holds = one.what == kind::dictionary && holds_tensors(pickle, one);
-                    if (!holds || (own > 0 && tensors_in(pickle, one) < own)) { continue; }
-                    inner = &one;
-                    word = usual;
-                }
-                if (inner) { break; }
-            }
-            if (!inner && own == 0) {
-                const auto parts = parts_with_tensors(pickle, *model);
-                if (parts.size() > 1) {
-                    std::string names;
-                    for (const auto& one : parts) {
-                        names += (names.empty() ? "'" : ", '") + first_words(one.key) + "'";
-                    }
-                    value key{kind::text, false, {}, 0, parts.front().key, {}};
-                    fail_nested("holds several dictionaries of tensors (" + names + ")", key);
-                }
-                if (parts.size() == 1) {
-                    inner = parts.front().content;
-                    word = parts.front().key;
-                }
-            }
-            if (!inner) { break; }
+            auto inner = usual_part(pickle, *model);
+            if (!inner.content && own == 0) { inner = only_part(pickle, *model); }
+            if (!inner.content) { break; }
             if (own > 0) { left = message("; beside it ", own, own == 1 ? " tensor is" : " tensors are", " left out"); }
-            way += (way.empty() ? "" : ".") + first_words(word);
-            model = inner;
+            way += (way.empty() ? "" : ".") + first_words(inner.key);
+            model = inner.content;
         }
         if (way.empty()) { return model; }
         const auto& beside = pickle.first_opaque();
