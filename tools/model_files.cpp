@@ -47,7 +47,7 @@ bool holds_files(const fs::path& path)
 /// Refuses to copy what stands for a file that was not fetched.
 void refuse_pointer(const fs::path& file, const std::string& text)
 {
-    if (!text.starts_with("version https://git-lfs")) { return; }
+    if (!taskvec::is_lfs_pointer(text)) { return; }
     if (const auto kind = taskvec::what_is_this_file(std::as_bytes(std::span(text)))) {
         taskvec::raise<taskvec::format_error>(taskvec::error_code::not_safetensors,
             kind->sentence() + "; --no-copy writes the weights alone", file.string());

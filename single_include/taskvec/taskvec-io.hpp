@@ -2427,6 +2427,12 @@ inline constexpr std::string_view pytorch_archive = "a PyTorch file (a zip archi
 
 } // namespace detail
 
+/// Whether a file's text is a Git LFS pointer: what stands in a clone for a file that was not fetched.
+[[nodiscard]] inline bool is_lfs_pointer(std::string_view text)
+{
+    return text.starts_with("version https://git-lfs.github.com/spec/");
+}
+
 /// Says what a file is that was taken for a safetensors file, by its content alone: PyTorch's zip and pickle files, a
 /// Git LFS pointer, a page of HTML, GGUF, HDF5, archives, text, zeros, nothing at all. Nothing for what is unknown. For
 /// messages: a valid safetensors file is not asked about. Cost: looks at the first and last 64 KiB.
@@ -2439,7 +2445,7 @@ inline constexpr std::string_view pytorch_archive = "a PyTorch file (a zip archi
     const auto begins = [&](std::string_view magic) { return bytes.starts_with(magic); };
     const std::string again(fetch_again), convert(convert_to_safetensors);
     if (bytes.empty()) { return file_kind{"empty (0 bytes)", again}; }
-    if (begins("version https://git-lfs.github.com/spec/")) {
+    if (is_lfs_pointer(bytes)) {
         std::string size = "the";
         if (const auto at = bytes.substr(0, 1024).find("\nsize "); at != bytes.npos) {
             auto digits = bytes.substr(at + 6, 20);
@@ -2662,8 +2668,7 @@ private:
 inline void refuse_other_kinds(std::string_view text, std::string_view file)
 {
     const auto first = text.find_first_not_of(" \t\r\n");
-    if (text.starts_with("version https://git-lfs.") || text.starts_with("PK\x03\x04")
-        || (first != text.npos && text[first] == '<')) {
+    if (is_lfs_pointer(text) || text.starts_with("PK\x03\x04") || (first != text.npos && text[first] == '<')) {
         if (const auto kind = what_is_this_file(std::as_bytes(std::span(text)))) {
             raise<format_error>(error_code::json_syntax, kind->sentence(), std::string(file));
         }
@@ -11769,6 +11774,15 @@ struct model_directory {
     return false;
 }
 
+/// Whether a file's name is one that a model's weights have in another format than safetensors.
+[[nodiscard]] inline bool may_be_other_weights(std::string_view name)
+{
+    for (const std::string_view ending : {".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
+        if (name.ends_with(ending)) { return true; }
+    }
+    return may_be_pytorch_weights(name);
+}
+
 /// The one file of a directory that PyTorch's weights may lie in, by its name and content. Nothing where there are
 /// several.
 [[nodiscard]] inline std::optional<std::string> only_pytorch_file(
@@ -11792,7 +11806,6 @@ struct model_directory {
         raise<io_error>(error_code::model_not_found, what, path.string());
     };
     if (found.unreadable) { raise_io(path, "cannot be read as a directory", found.unreadable.value()); }
-    std::error_code ignored;
     std::vector<std::string> inner;
     for (const auto& folder : found.folders) {
         const model_directory inside(path / folder);
@@ -11814,24 +11827,15 @@ struct model_directory {
         fail(message("holds no safetensors file, and several of PyTorch's (", quoted_list(pytorch),
             "): name the file that is meant"));
     }
-    for (const auto& name : found.others) {
-        for (const std::string_view ending :
-            {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
-            if (!name.ends_with(ending) || name == "training_args.bin" || name == "optimizer.bin"
-                || name == "optimizer.pt" || name == "scheduler.pt" || name == "scheduler.bin") {
-                continue;
-            }
-            std::string what = "the weights lie in files of another format";
-            std::string mend = std::string(convert_to_safetensors);
-            if (std::filesystem::file_size(path / name, ignored) > 0 && !ignored && !name.ends_with(".json")) {
-                const mapped_file file(path / name);
-                if (const auto kind = what_is_this_file(file.bytes())) {
-                    what = "that is " + kind->what;
-                    mend = kind->mend;
-                }
-            }
-            fail(message("holds no safetensors file, but '", name, "': ", what, "; ", mend));
+    if (const auto other = std::find_if(found.others.begin(), found.others.end(), may_be_other_weights);
+        other != found.others.end()) {
+        file_kind kind{"the weights lie in files of another format", std::string(convert_to_safetensors)};
+        std::error_code ignored;
+        if (std::filesystem::file_size(path / *other, ignored) > 0 && !ignored && !other->ends_with(".json")) {
+            const mapped_file file(path / *other);
+            if (const auto known = what_is_this_file(file.bytes())) { kind = {"that is " + known->what, known->mend}; }
         }
+        fail(message("holds no safetensors file, but '", *other, "': ", kind.what, "; ", kind.mend));
     }
     if (!inner.empty()) {
         fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));

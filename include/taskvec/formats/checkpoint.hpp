@@ -260,6 +260,15 @@ struct model_directory {
     return false;
 }
 
+/// Whether a file's name is one that a model's weights have in another format than safetensors.
+[[nodiscard]] inline bool may_be_other_weights(std::string_view name)
+{
+    for (const std::string_view ending : {".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
+        if (name.ends_with(ending)) { return true; }
+    }
+    return may_be_pytorch_weights(name);
+}
+
 /// The one file of a directory that PyTorch's weights may lie in, by its name and content. Nothing where there are
 /// several.
 [[nodiscard]] inline std::optional<std::string> only_pytorch_file(
@@ -283,7 +292,6 @@ struct model_directory {
         raise<io_error>(error_code::model_not_found, what, path.string());
     };
     if (found.unreadable) { raise_io(path, "cannot be read as a directory", found.unreadable.value()); }
-    std::error_code ignored;
     std::vector<std::string> inner;
     for (const auto& folder : found.folders) {
         const model_directory inside(path / folder);
@@ -305,24 +313,15 @@ struct model_directory {
         fail(message("holds no safetensors file, and several of PyTorch's (", quoted_list(pytorch),
             "): name the file that is meant"));
     }
-    for (const auto& name : found.others) {
-        for (const std::string_view ending :
-            {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
-            if (!name.ends_with(ending) || name == "training_args.bin" || name == "optimizer.bin"
-                || name == "optimizer.pt" || name == "scheduler.pt" || name == "scheduler.bin") {
-                continue;
-            }
-            std::string what = "the weights lie in files of another format";
-            std::string mend = std::string(convert_to_safetensors);
-            if (std::filesystem::file_size(path / name, ignored) > 0 && !ignored && !name.ends_with(".json")) {
-                const mapped_file file(path / name);
-                if (const auto kind = what_is_this_file(file.bytes())) {
-                    what = "that is " + kind->what;
-                    mend = kind->mend;
-                }
-            }
-            fail(message("holds no safetensors file, but '", name, "': ", what, "; ", mend));
+    if (const auto other = std::find_if(found.others.begin(), found.others.end(), may_be_other_weights);
+        other != found.others.end()) {
+        file_kind kind{"the weights lie in files of another format", std::string(convert_to_safetensors)};
+        std::error_code ignored;
+        if (std::filesystem::file_size(path / *other, ignored) > 0 && !ignored && !other->ends_with(".json")) {
+            const mapped_file file(path / *other);
+            if (const auto known = what_is_this_file(file.bytes())) { kind = {"that is " + known->what, known->mend}; }
         }
+        fail(message("holds no safetensors file, but '", *other, "': ", kind.what, "; ", kind.mend));
     }
     if (!inner.empty()) {
         fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));

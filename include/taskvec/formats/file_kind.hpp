@@ -81,6 +81,12 @@ inline constexpr std::string_view pytorch_archive = "a PyTorch file (a zip archi
 
 } // namespace detail
 
+/// Whether a file's text is a Git LFS pointer: what stands in a clone for a file that was not fetched.
+[[nodiscard]] inline bool is_lfs_pointer(std::string_view text)
+{
+    return text.starts_with("version https://git-lfs.github.com/spec/");
+}
+
 /// Says what a file is that was taken for a safetensors file, by its content alone: PyTorch's zip and pickle files, a
 /// Git LFS pointer, a page of HTML, GGUF, HDF5, archives, text, zeros, nothing at all. Nothing for what is unknown. For
 /// messages: a valid safetensors file is not asked about. Cost: looks at the first and last 64 KiB.
@@ -93,7 +99,7 @@ inline constexpr std::string_view pytorch_archive = "a PyTorch file (a zip archi
     const auto begins = [&](std::string_view magic) { return bytes.starts_with(magic); };
     const std::string again(fetch_again), convert(convert_to_safetensors);
     if (bytes.empty()) { return file_kind{"empty (0 bytes)", again}; }
-    if (begins("version https://git-lfs.github.com/spec/")) {
+    if (is_lfs_pointer(bytes)) {
         std::string size = "the";
         if (const auto at = bytes.substr(0, 1024).find("\nsize "); at != bytes.npos) {
             auto digits = bytes.substr(at + 6, 20);

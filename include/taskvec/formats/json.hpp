@@ -139,8 +139,7 @@ private:
 inline void refuse_other_kinds(std::string_view text, std::string_view file)
 {
     const auto first = text.find_first_not_of(" \t\r\n");
-    if (text.starts_with("version https://git-lfs.") || text.starts_with("PK\x03\x04")
-        || (first != text.npos && text[first] == '<')) {
+    if (is_lfs_pointer(text) || text.starts_with("PK\x03\x04") || (first != text.npos && text[first] == '<')) {
         if (const auto kind = what_is_this_file(std::as_bytes(std::span(text)))) {
             raise<format_error>(error_code::json_syntax, kind->sentence(), std::string(file));
         }
