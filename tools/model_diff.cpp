@@ -33,6 +33,19 @@ bool computes(const taskvec::const_tensor_ref& tensor)
     return taskvec::is_storage(tensor.dtype) || taskvec::is_fp8(tensor.dtype);
 }
 
+/// Whether one of two tensors has scales and the other is bare codes, which are no numbers by themselves.
+bool lost_scales(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_ref& b)
+{
+    return (a.source && !b.source && taskvec::is_fp8(b.dtype)) || (b.source && !a.source && taskvec::is_fp8(a.dtype));
+}
+
+/// How a tensor is stored, for one that another cannot be compared with.
+std::string kind_of(const taskvec::const_tensor_ref& tensor)
+{
+    return (tensor.source ? "codes with scales" : std::string(taskvec::to_string(tensor.dtype))) + " "
+        + taskvec::to_string(tensor.shape);
+}
+
 std::string short_number(double value)
 {
     char text[32];
@@ -272,7 +285,8 @@ nlohmann::ordered_json diff_of(const runner& run, const taskvec::checkpoint& a, 
             result["only_in_first"].push_back(name);
             continue;
         }
-        const bool both = computes(tensor) && computes(*other) && tensor.shape == other->shape;
+        const bool both =
+            computes(tensor) && computes(*other) && tensor.shape == other->shape && !lost_scales(tensor, *other);
         const bool in_memory = !tensor.source && !other->source;
         const bool same = in_memory && tensor.dtype == other->dtype && tensor.shape == other->shape
             && (tensor.bytes() == 0 || std::memcmp(tensor.data, other->data, tensor.bytes()) == 0);
@@ -295,9 +309,8 @@ nlohmann::ordered_json diff_of(const runner& run, const taskvec::checkpoint& a, 
                     {"name", name}, {"max", nullptr}, {"norm", nullptr}, {"relative", nullptr}, {"cosine", nullptr}});
         }
         else {
-            result["not_comparable"].push_back({{"name", name},
-                {"first", std::string(taskvec::to_string(tensor.dtype)) + " " + taskvec::to_string(tensor.shape)},
-                {"second", std::string(taskvec::to_string(other->dtype)) + " " + taskvec::to_string(other->shape)}});
+            result["not_comparable"].push_back(
+                {{"name", name}, {"first", kind_of(tensor)}, {"second", kind_of(*other)}});
         }
     }
     for (const auto& [name, tensor] : b.model()) {

@@ -758,7 +758,7 @@ taskvec::quantised_outputs outputs_of(const model_request& request, const merge_
 
 taskvec::metadata_map metadata_of(taskvec::metadata_map metadata, const std::vector<taskvec::tensor_spec>& specs)
 {
-    const auto place = metadata.find("_quantization_metadata"); // ComfyUI's
+    const auto place = metadata.find(std::string(taskvec::comfy_metadata_key));
     if (place == metadata.end()) { return metadata; }
     auto said = nlohmann::ordered_json::parse(place->second, nullptr, false);
     std::set<std::string_view> codes;

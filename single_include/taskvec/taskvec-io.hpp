@@ -10467,12 +10467,15 @@ struct quantisation_hints {
     std::map<std::string, std::string, std::less<>> formats{}; ///< "l" to "float8_e4m3fn", by the header (ComfyUI)
 };
 
+/// Where the headers of ComfyUI's files say how each layer is quantised.
+inline constexpr std::string_view comfy_metadata_key = "_quantization_metadata";
+
 namespace detail {
 
-/// What configurations call what they say of quantisation, the older name last.
-inline constexpr std::string_view quantisation_keys[] = {"quantization_config", "compression_config"};
-/// Where ComfyUI's files say in their header how layers are quantised, and beside a layer.
-inline constexpr std::string_view comfy_metadata_key = "_quantization_metadata", comfy_mark = "comfy_quant";
+/// What configurations call what they say of quantisation, the older name later, ModelOpt's file of its own last.
+inline constexpr std::string_view quantisation_keys[] = {"quantization_config", "compression_config", "quantization"};
+/// Beside a layer, ComfyUI's files say how it is quantised under this name.
+inline constexpr std::string_view comfy_mark = "comfy_quant";
 
 /// What a configuration says of quantisation, at any depth, and where: "text_config.quantization_config".
 inline void find_quantisation(const nlohmann::json& part, const std::string& path,
@@ -10851,10 +10854,11 @@ private:
         return word == "s" || word.ends_with("_s") || word.ends_with("amax") || word.find("scale") != word.npos
             || word.find("absmax") != word.npos || word.find("zero_point") != word.npos;
     }
-    /// Whether a scale is one of inputs, outputs or caches, and none of weights.
+    /// Whether a scale is one of inputs, outputs (`logit_scale` is a parameter) or caches, and none of weights.
     [[nodiscard]] static bool names_activations(std::string_view word)
     {
-        for (const std::string_view other : {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "qscale_act"}) {
+        for (const std::string_view other :
+            {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "qscale_act", "logit_scale"}) {
             if (word == other) { return true; }
         }
         return word.find("input") != word.npos || word.find("output") != word.npos;
@@ -11965,13 +11969,14 @@ struct model_directory {
 
 } // namespace detail
 
-/// The hints of the configuration beside a model.
+/// The hints of the configuration beside a model, or of ModelOpt's `hf_quant_config.json` where that says nothing.
 [[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
 {
     return [model] {
         std::error_code unknown;
         const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
-        return read_quantisation_hints(folder / "config.json");
+        auto hints = read_quantisation_hints(folder / "config.json");
+        return hints.file.empty() ? read_quantisation_hints(folder / "hf_quant_config.json") : hints;
     };
 }
 
@@ -12075,7 +12080,7 @@ inline checkpoint open_model(const std::filesystem::path& path, index_check how)
     model.read_layers([&] {
         auto hints = hints_beside(path)();
         hints.absent = model.absent();
-        const auto formats = model.metadata().find(std::string(detail::comfy_metadata_key));
+        const auto formats = model.metadata().find(std::string(comfy_metadata_key));
         if (formats != model.metadata().end()) { hints.formats = detail::comfy_formats(formats->second); }
         return hints;
     });

@@ -662,6 +662,13 @@ TEST_CASE("FP8 that lost its scale is refused where another model, the configura
         CHECK(refuses(run(folder, {"merge", "--method", "average", "--task", "m", "--out", "om"}),
             {"m: layer 'l.weight' is FP8 without a scale ('l.weight_scale')", "m/config.json", R"(^l\.weight$)"}));
     }
+    // ModelOpt's own file, where config.json says nothing.
+    write_stored(folder / "o/model.safetensors", one_layer(code_of_1));
+    spill(folder / "o/config.json", R"({"model_type": "x"})");
+    spill(folder / "o/hf_quant_config.json",
+        R"({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}})");
+    CHECK(refuses(run(folder, {"merge", "--method", "average", "--task", "o", "--out", "oo"}),
+        {"o: layer 'l.weight' is FP8 without a scale", "o/hf_quant_config.json"}));
     // An index that lists the scale, whose shard lacks it or is not there.
     write_stored(folder / "i/model-00001-of-00002.safetensors", one_layer(code_of_1));
     for (const bool there : {false, true}) {
@@ -674,6 +681,39 @@ TEST_CASE("FP8 that lost its scale is refused where another model, the configura
         CHECK(says(result.err,
             "i: layer 'l.weight' is FP8 without its scale ('l.weight_scale'), which the index lists and no file has"));
     }
+}
+
+TEST_CASE("a parameter that is called a scale is none of the layer beside it")
+{
+    const scratch folder;
+    write_stored(folder / "a.safetensors",
+        one_layer(code_of_1, {{"l.weight_scale", floats({}, {0.5f})}, {"l.logit_scale", floats({}, {4.5f})}}));
+    REQUIRE(run(folder, {"merge", "--method", "average", "--task", "a.safetensors", "--out", "o"}).code == 0);
+    const auto out = read_stored(folder / "o");
+    CHECK(out.at("l.weight") == floats({4, 4}, std::vector<float>(16, 0.5f)));
+    CHECK(out.at("l.logit_scale") == floats({}, {4.5f}));
+}
+
+TEST_CASE("inspect --diff compares numbers, not codes whose scale is lost")
+{
+    const scratch folder;
+    write_stored(folder / "a.safetensors", one_layer(code_of_1, {{"l.weight_scale", floats({}, {0.5f})}}));
+    write_stored(folder / "lost.safetensors", one_layer(code_of_1));
+    write_stored(folder / "other.safetensors", one_layer(code_of_16th, {{"l.weight_scale", floats({}, {8})}}));
+    for (const auto& [first, second] :
+        {std::pair{"a.safetensors", "lost.safetensors"}, std::pair{"lost.safetensors", "a.safetensors"}}) {
+        const auto json = run(folder, {"inspect", first, "--diff", second, "--json"});
+        REQUIRE(json.code == 0);
+        const auto diff = nlohmann::json::parse(json.out);
+        REQUIRE(diff["not_comparable"].size() == 1);
+        CHECK(diff["not_comparable"][0]["name"] == "l.weight");
+        CHECK(diff["not_comparable"][0][first[0] == 'a' ? "first" : "second"] == "codes with scales [4, 4]");
+        CHECK(diff["not_comparable"][0][first[0] == 'a' ? "second" : "first"] == "F8_E4M3 [4, 4]");
+    }
+    const auto same = run(folder, {"inspect", "a.safetensors", "--diff", "other.safetensors", "--json"});
+    REQUIRE(same.code == 0);
+    CHECK(nlohmann::json::parse(same.out)["not_comparable"].empty());
+    CHECK(nlohmann::json::parse(same.out)["differ"].empty()); // 1 · 0.5 is 1/16 · 8
 }
 
 TEST_CASE("scales under other names are read with their codes, or refused by the layer's name")

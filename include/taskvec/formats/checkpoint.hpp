@@ -451,13 +451,14 @@ struct model_directory {
 
 } // namespace detail
 
-/// The hints of the configuration beside a model.
+/// The hints of the configuration beside a model, or of ModelOpt's `hf_quant_config.json` where that says nothing.
 [[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
 {
     return [model] {
         std::error_code unknown;
         const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
-        return read_quantisation_hints(folder / "config.json");
+        auto hints = read_quantisation_hints(folder / "config.json");
+        return hints.file.empty() ? read_quantisation_hints(folder / "hf_quant_config.json") : hints;
     };
 }
 
@@ -561,7 +562,7 @@ inline checkpoint open_model(const std::filesystem::path& path, index_check how)
     model.read_layers([&] {
         auto hints = hints_beside(path)();
         hints.absent = model.absent();
-        const auto formats = model.metadata().find(std::string(detail::comfy_metadata_key));
+        const auto formats = model.metadata().find(std::string(comfy_metadata_key));
         if (formats != model.metadata().end()) { hints.formats = detail::comfy_formats(formats->second); }
         return hints;
     });

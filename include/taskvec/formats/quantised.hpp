@@ -107,12 +107,15 @@ struct quantisation_hints {
     std::map<std::string, std::string, std::less<>> formats{}; ///< "l" to "float8_e4m3fn", by the header (ComfyUI)
 };
 
+/// Where the headers of ComfyUI's files say how each layer is quantised.
+inline constexpr std::string_view comfy_metadata_key = "_quantization_metadata";
+
 namespace detail {
 
-/// What configurations call what they say of quantisation, the older name last.
-inline constexpr std::string_view quantisation_keys[] = {"quantization_config", "compression_config"};
-/// Where ComfyUI's files say in their header how layers are quantised, and beside a layer.
-inline constexpr std::string_view comfy_metadata_key = "_quantization_metadata", comfy_mark = "comfy_quant";
+/// What configurations call what they say of quantisation, the older name later, ModelOpt's file of its own last.
+inline constexpr std::string_view quantisation_keys[] = {"quantization_config", "compression_config", "quantization"};
+/// Beside a layer, ComfyUI's files say how it is quantised under this name.
+inline constexpr std::string_view comfy_mark = "comfy_quant";
 
 /// What a configuration says of quantisation, at any depth, and where: "text_config.quantization_config".
 inline void find_quantisation(const nlohmann::json& part, const std::string& path,
@@ -491,10 +494,11 @@ private:
         return word == "s" || word.ends_with("_s") || word.ends_with("amax") || word.find("scale") != word.npos
             || word.find("absmax") != word.npos || word.find("zero_point") != word.npos;
     }
-    /// Whether a scale is one of inputs, outputs or caches, and none of weights.
+    /// Whether a scale is one of inputs, outputs (`logit_scale` is a parameter) or caches, and none of weights.
     [[nodiscard]] static bool names_activations(std::string_view word)
     {
-        for (const std::string_view other : {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "qscale_act"}) {
+        for (const std::string_view other :
+            {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "qscale_act", "logit_scale"}) {
             if (word == other) { return true; }
         }
         return word.find("input") != word.npos || word.find("output") != word.npos;
