@@ -126,7 +126,7 @@ public:
         if (request.run.dry_run) {
             tool::print("would score up to " + tool::counted(given_.search.evaluations, "candidate") + " by '"
                 + tool::printable(given_.score.command.text) + "' (" + tool::counted(table.rows().size(), "score")
-                + " kept already)\n" + tool::describe(inputs));
+                + " kept already)\n" + tool::describe(request, inputs));
             return;
         }
         tool::report_file report(request.run.report);

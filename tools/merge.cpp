@@ -98,7 +98,7 @@ void run_merge(const merge_request& request)
         const auto bytes = bytes_of(plan);
         check_space(request.out, bytes);
         print("would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + printable(request.out) + "' (" + size_text(bytes) + ")\n" + describe(inputs)
+            + printable(request.out) + "' (" + size_text(bytes) + ")\n" + describe(request, inputs)
             + (configuration.empty() ? "" : "'" + printable(request.as_config) + "' would hold:\n" + configuration));
         return;
     }
@@ -141,9 +141,8 @@ void run_merge(const merge_request& request)
     if (config.wanted()) { config.finish_text(configuration); }
     const auto size = out.file_size();
     conclude("merged " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + printable(request.called.empty() ? request.out : request.called)
-            + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size) + " in "
-            + seconds_text(run.seconds()) + "\n",
+            + called(request, request.out) + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size)
+            + " in " + seconds_text(run.seconds()) + "\n",
         report, config, out);
     if (kept) { kept->work.remove(); }
 }
@@ -157,7 +156,7 @@ void explain_merge(const merge_request& request)
     const auto call = call_of(run.policy(), request, inputs);
     method.examine(call);
     std::string text = "would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-        + printable(request.called.empty() ? request.out : request.called) + "'\n" + describe(inputs) + "  options "
+        + called(request, request.out) + "'\n" + describe(request, inputs) + "  options "
         + json_of(method.values(request.options)).dump() + "\n";
     for (const auto& tensor : inputs.models().tensors()) {
         text += printable(tensor.name) + ": ";

@@ -29,7 +29,6 @@ struct merge_request : model_request {
     std::map<std::string, option_values> of_tasks; ///< --task-density and its like, by the text of its --task
     std::string as_config; ///< where the request goes as a configuration; empty: nowhere
     resume_request resume;
-    std::string called; ///< what the output is called in what is said; empty: by its path
 
     [[nodiscard]] const std::vector<std::string>& list(const std::string& name) const;
 };

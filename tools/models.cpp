@@ -819,11 +819,17 @@ taskvec::aligned_models beside_base(
     return {inputs.base() ? &inputs.base_model() : nullptr, {&merged.model(), 1}, options};
 }
 
-std::string describe(const merge_inputs& inputs, others rest)
+std::string called(const model_request& request, const std::string& path)
+{
+    const auto place = request.called.find(path);
+    return printable(place == request.called.end() ? path : place->second);
+}
+
+std::string describe(const model_request& request, const merge_inputs& inputs, others rest)
 {
     std::string text;
     const auto line = [&](const char* role, const taskvec::checkpoint& model, const std::string& more) {
-        text += std::string("  ") + role + "  " + printable(model.path().string()) + "  "
+        text += std::string("  ") + role + "  " + called(request, model.path().string()) + "  "
             + size_text(model.data_bytes()) + more + "\n";
     };
     if (inputs.base()) { line("base", *inputs.base(), ""); }

@@ -59,7 +59,10 @@ struct model_request {
     bool match_prefixes = false;
     copy_request copies;
     run_options run;
+    std::map<std::string, std::string> called; ///< what paths are called in what is said, where not by themselves
 };
+/// What a path is called in what is said.
+[[nodiscard]] std::string called(const model_request& request, const std::string& path);
 
 /// Adds --base, the model that the tasks started from.
 void add_base_option(command& verb, model_request& request, presence how = presence::optional);
@@ -207,7 +210,8 @@ void check_scales_alike(
 /// What becomes of tensors that take no part: the result has them too, or there is no such result.
 enum class others { copied, left_alone };
 /// What a dry run says about the inputs.
-[[nodiscard]] std::string describe(const merge_inputs& inputs, others rest = others::copied);
+[[nodiscard]] std::string describe(
+    const model_request& request, const merge_inputs& inputs, others rest = others::copied);
 
 /// Throws usage_error for --task PATH=WEIGHT where `who` (a verb or method) has no meaning for weights; `mend` says
 /// what to do. That of an adapter is no weight in the merge.

@@ -70,7 +70,7 @@ void run_peru_fft(const tool::merge_request& request)
         method.examine(call);
         tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method
             + " and keep " + taskvec::message(100 * pruning.density) + "% of what each loses, into '"
-            + tool::printable(request.out) + "'\n" + tool::describe(inputs));
+            + tool::printable(request.out) + "'\n" + tool::describe(request, inputs));
         return;
     }
     tool::report_file report(request.run.report);

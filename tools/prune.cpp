@@ -45,7 +45,7 @@ void run_prune(const tool::merge_request& request)
     if (request.run.dry_run) {
         tool::print("would prune '" + tool::printable(inputs.arguments().front().path.string()) + "' to "
             + taskvec::message(100 * options.density) + "% of its task vector, into '" + tool::printable(request.out)
-            + "'\n" + tool::describe(inputs, tool::others::left_alone));
+            + "'\n" + tool::describe(request, inputs, tool::others::left_alone));
         return;
     }
     tool::report_file report(request.run.report);

@@ -1426,10 +1426,12 @@ void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, c
         if (!names[d].empty()) {
             made[names[d]] = all[names[d]];
             stage.request.out = all[names[d]].string();
-            stage.request.called = names[d];
             stage.request.run.report.clear();
         }
         stage.request.out += stage.request.out.ends_with('/') ? "" : "/";
+        for (const auto& [name, path] : made) {
+            stage.request.called[path.string()] = stage.request.called[path.string() + "/"] = name;
+        }
         if (!given.explain) {
             tool::run_merge(stage.request);
             continue;

@@ -61,7 +61,7 @@ void run_similarity(const similarity_settings& given)
     tool::runner run(given.models.run);
     if (given.models.run.dry_run) {
         tool::print("would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n"
-            + tool::describe(inputs, tool::others::left_alone));
+            + tool::describe(given.models, inputs, tool::others::left_alone));
         return;
     }
     // All files are opened before the work, and named after everything that can fail: none is left where one of them

@@ -398,7 +398,7 @@ void run_sweep(const sweep_settings& given)
     if (given.merge.run.dry_run) {
         tool::print("would score " + tool::counted(left.size(), "candidate") + " of "
             + tool::counted(points.candidates.size(), "point") + " by '" + tool::printable(given.score.command.text)
-            + "'\n" + tool::describe(all));
+            + "'\n" + tool::describe(given.merge, all));
         return;
     }
     tool::report_file report(given.merge.run.report);

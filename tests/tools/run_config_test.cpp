@@ -881,6 +881,9 @@ TEST_CASE("--explain of several documents says of each what would be done, in or
     CHECK(base < last);
     REQUIRE(last != done.out.npos);
     const auto end = done.out.substr(last);
+    has(end, "  base  short  ");
+    has(end, "  task  mixed  ");
+    CHECK(done.out.find("temporary") == done.out.npos);
     has(end, "layers.0.mlp.weight: weights 0.25\n");
     has(end, "layers.1.mlp.weight: weights 0.75\n");
     CHECK(end.find("layers.2.") == end.npos);
