@@ -9221,15 +9221,19 @@ template <storage_element T, arithmetic_element A, class Refuse>
 // and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/formats/pickle.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PICKLE_HPP)
+#define TASKVEC_SINGLE_FORMATS_PICKLE_HPP
+// Pickles, read without Python: numbers, texts, collections and tensors, and nothing else. No code runs.
+// SPDX-License-Identifier: Apache-2.0
+
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <filesystem>
 #include <map>
-#include <memory>
 #include <set>
-#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -9241,160 +9245,8 @@ namespace taskvec::inline TASKVEC_ABI {
 inline constexpr std::size_t pickle_size_limit = 100'000'000;
 /// The most values that a pickle may build: room for 200,000 tensors.
 inline constexpr std::size_t pickle_value_limit = 5'000'000;
-/// The most bytes, laid out, of a file's tensors that have more elements than their storage (expanded views).
-inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
-
-/// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
-/// be equal: tied weights).
-struct pytorch_contents {
-    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
-    std::vector<std::string> notes{}; ///< what whoever opens it should know
-    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
-    /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
-    /// entry's offset on; the entry's size is that of the rows.
-    std::map<std::string, extents> strides{};
-};
 
 namespace detail {
-
-/// A zip archive's directory, each entry checked: where its bytes lie, stored as they are.
-class zip_directory {
-public:
-    struct entry {
-        std::string_view name;
-        std::uint64_t offset = 0, size = 0;
-        bool stored = true; ///< neither compressed nor encrypted
-    };
-
-    zip_directory(std::string_view bytes, std::string_view file)
-        : bytes_(bytes)
-        , file_(file)
-    {
-        read();
-    }
-    [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
-    /// The entry of that name, or nullptr.
-    [[nodiscard]] const entry* find(std::string_view name) const { return detail::find_by_name(entries_, name); }
-    [[nodiscard]] std::string_view content(const entry& one) const
-    {
-        return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
-    }
-
-private:
-    [[noreturn]] void fail(const std::string& what, std::uint64_t at) const
-    {
-        raise<format_error>(error_code::archive_damaged,
-            message("is a damaged PyTorch file (a zip archive): ", what, ": ", fetch_again), std::string(file_), at);
-    }
-    /// A little-endian number; the place must lie inside the file.
-    template <class T>
-    [[nodiscard]] T number(std::uint64_t at) const
-    {
-        if (at > bytes_.size() || bytes_.size() - at < sizeof(T)) { fail("a record runs past its end", at); }
-        T value;
-        std::memcpy(&value, bytes_.data() + at, sizeof value);
-        return value;
-    }
-    [[nodiscard]] std::string_view text(std::uint64_t at, std::uint64_t size) const
-    {
-        if (at > bytes_.size() || bytes_.size() - at < size) { fail("a record runs past its end", at); }
-        return bytes_.substr(static_cast<std::size_t>(at), static_cast<std::size_t>(size));
-    }
-
-    void read()
-    {
-        constexpr std::uint32_t end_mark = 0x06054b50, end64_mark = 0x06064b50, locator_mark = 0x07064b50,
-                                entry_mark = 0x02014b50;
-        constexpr std::uint64_t end_size = 22, locator_size = 20;
-        std::uint64_t end = bytes_.size();
-        for (std::uint64_t comment = 0; comment <= 65535 && comment + end_size <= bytes_.size(); ++comment) {
-            const std::uint64_t at = bytes_.size() - end_size - comment;
-            if (number<std::uint32_t>(at) == end_mark && number<std::uint16_t>(at + 20) == comment) {
-                end = at;
-                break;
-            }
-        }
-        if (end == bytes_.size()) { fail("its directory, at its end, is missing", end); }
-        std::uint64_t count = number<std::uint16_t>(end + 10), size = number<std::uint32_t>(end + 12),
-                      begin = number<std::uint32_t>(end + 16), limit = end;
-        if (end >= locator_size && number<std::uint32_t>(end - locator_size) == locator_mark) {
-            const auto at = number<std::uint64_t>(end - locator_size + 8);
-            if (number<std::uint32_t>(at) != end64_mark) { fail("its 64-bit directory is not where it should be", at); }
-            count = number<std::uint64_t>(at + 32);
-            size = number<std::uint64_t>(at + 40);
-            begin = number<std::uint64_t>(at + 48);
-            limit = at;
-        }
-        if (begin > limit || size > limit - begin) { fail("its directory runs past its end", begin); }
-        std::uint64_t at = begin;
-        for (std::uint64_t i = 0; i < count; ++i) {
-            if (begin + size - at < 46 || number<std::uint32_t>(at) != entry_mark) {
-                fail(message("its directory promises ", count, " entries and has ", i), at);
-            }
-            at = read_entry(at, begin);
-            if (at > begin + size) { fail("its directory runs past its end", at); }
-        }
-        std::sort(entries_.begin(), entries_.end(), [](const entry& a, const entry& b) { return a.name < b.name; });
-        for (std::size_t i = 1; i < entries_.size(); ++i) {
-            if (entries_[i].name == entries_[i - 1].name) {
-                fail(message("'", entries_[i].name, "' occurs twice"), entries_[i].offset);
-            }
-        }
-        auto places = entries_;
-        std::sort(places.begin(), places.end(), [](const entry& a, const entry& b) { return a.offset < b.offset; });
-        for (std::size_t i = 1; i < places.size(); ++i) {
-            if (places[i - 1].size > places[i].offset - places[i - 1].offset) {
-                fail(message("'", places[i - 1].name, "' and '", places[i].name, "' share bytes"), places[i].offset);
-            }
-        }
-    }
-    /// Reads the entry of the directory at `at`; returns where the next one begins. Entries lie before `begin`.
-    [[nodiscard]] std::uint64_t read_entry(std::uint64_t at, std::uint64_t begin)
-    {
-        constexpr std::uint32_t local_mark = 0x04034b50, wide = 0xffffffff;
-        const auto flags = number<std::uint16_t>(at + 8), method = number<std::uint16_t>(at + 10);
-        const std::uint64_t name_size = number<std::uint16_t>(at + 28), extra_size = number<std::uint16_t>(at + 30),
-                            comment_size = number<std::uint16_t>(at + 32);
-        std::uint64_t packed = number<std::uint32_t>(at + 20), size = number<std::uint32_t>(at + 24),
-                      local = number<std::uint32_t>(at + 42);
-        entry one;
-        one.name = text(at + 46, name_size);
-        const std::uint64_t extra_end = at + 46 + name_size + extra_size;
-        (void)text(at + 46 + name_size, extra_size);
-        for (std::uint64_t field = at + 46 + name_size; extra_end - field >= 4;) {
-            const auto id = number<std::uint16_t>(field), length = number<std::uint16_t>(field + 2);
-            if (length > extra_end - field - 4) { break; }
-            std::uint64_t place = field + 4;
-            const std::uint64_t field_end = place + length;
-            for (auto* value : {&size, &packed, &local}) {
-                if (id == 1 && *value == wide && field_end - place >= 8) {
-                    *value = number<std::uint64_t>(place);
-                    place += 8;
-                }
-            }
-            field = field_end;
-        }
-        if (local > begin || begin - local < 30 || number<std::uint32_t>(local) != local_mark) {
-            fail(message("'", one.name, "' is not where the directory says"), local);
-        }
-        const std::uint64_t here = number<std::uint16_t>(local + 26);
-        one.offset = local + 30 + here + number<std::uint16_t>(local + 28);
-        if (here != name_size || text(local + 30, here) != one.name) {
-            fail(message("'", one.name, "' has another name where it lies"), local);
-        }
-        one.stored = method == 0 && (flags & 1u) == 0;
-        one.size = one.stored ? size : packed;
-        if (one.stored && packed != size) { fail(message("'", one.name, "' has two sizes"), at); }
-        if (one.offset > begin || one.size > begin - one.offset) {
-            fail(message("'", one.name, "' runs past the end"), one.offset);
-        }
-        entries_.push_back(one);
-        return extra_end + comment_size;
-    }
-
-    std::string_view bytes_, file_;
-    std::vector<entry> entries_;
-};
 
 /// The machine of a pickle, with the instructions that build numbers, strings, lists, tuples, dictionaries and tensors.
 /// Whatever else is named, called or built stays a name (`opaque`): nothing of it is known but what it was given.
@@ -9883,6 +9735,206 @@ private:
     std::vector<bool> reached_; ///< of values_, in the end
 };
 
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_PICKLE_HPP
+
+// ---- taskvec/formats/zip_directory.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ZIP_DIRECTORY_HPP)
+#define TASKVEC_SINGLE_FORMATS_ZIP_DIRECTORY_HPP
+// The directory of a zip archive whose entries are stored as they are.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// A zip archive's directory, each entry checked: where its bytes lie, stored as they are.
+class zip_directory {
+public:
+    struct entry {
+        std::string_view name;
+        std::uint64_t offset = 0, size = 0;
+        bool stored = true; ///< neither compressed nor encrypted
+    };
+
+    zip_directory(std::string_view bytes, std::string_view file)
+        : bytes_(bytes)
+        , file_(file)
+    {
+        read();
+    }
+    [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
+    /// The entry of that name, or nullptr.
+    [[nodiscard]] const entry* find(std::string_view name) const { return detail::find_by_name(entries_, name); }
+    [[nodiscard]] std::string_view content(const entry& one) const
+    {
+        return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
+    }
+
+private:
+    [[noreturn]] void fail(const std::string& what, std::uint64_t at) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file (a zip archive): ", what, ": ", fetch_again), std::string(file_), at);
+    }
+    /// A little-endian number; the place must lie inside the file.
+    template <class T>
+    [[nodiscard]] T number(std::uint64_t at) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < sizeof(T)) { fail("a record runs past its end", at); }
+        T value;
+        std::memcpy(&value, bytes_.data() + at, sizeof value);
+        return value;
+    }
+    [[nodiscard]] std::string_view text(std::uint64_t at, std::uint64_t size) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < size) { fail("a record runs past its end", at); }
+        return bytes_.substr(static_cast<std::size_t>(at), static_cast<std::size_t>(size));
+    }
+
+    void read()
+    {
+        constexpr std::uint32_t end_mark = 0x06054b50, end64_mark = 0x06064b50, locator_mark = 0x07064b50,
+                                entry_mark = 0x02014b50;
+        constexpr std::uint64_t end_size = 22, locator_size = 20;
+        std::uint64_t end = bytes_.size();
+        for (std::uint64_t comment = 0; comment <= 65535 && comment + end_size <= bytes_.size(); ++comment) {
+            const std::uint64_t at = bytes_.size() - end_size - comment;
+            if (number<std::uint32_t>(at) == end_mark && number<std::uint16_t>(at + 20) == comment) {
+                end = at;
+                break;
+            }
+        }
+        if (end == bytes_.size()) { fail("its directory, at its end, is missing", end); }
+        std::uint64_t count = number<std::uint16_t>(end + 10), size = number<std::uint32_t>(end + 12),
+                      begin = number<std::uint32_t>(end + 16), limit = end;
+        if (end >= locator_size && number<std::uint32_t>(end - locator_size) == locator_mark) {
+            const auto at = number<std::uint64_t>(end - locator_size + 8);
+            if (number<std::uint32_t>(at) != end64_mark) { fail("its 64-bit directory is not where it should be", at); }
+            count = number<std::uint64_t>(at + 32);
+            size = number<std::uint64_t>(at + 40);
+            begin = number<std::uint64_t>(at + 48);
+            limit = at;
+        }
+        if (begin > limit || size > limit - begin) { fail("its directory runs past its end", begin); }
+        std::uint64_t at = begin;
+        for (std::uint64_t i = 0; i < count; ++i) {
+            if (begin + size - at < 46 || number<std::uint32_t>(at) != entry_mark) {
+                fail(message("its directory promises ", count, " entries and has ", i), at);
+            }
+            at = read_entry(at, begin);
+            if (at > begin + size) { fail("its directory runs past its end", at); }
+        }
+        std::sort(entries_.begin(), entries_.end(), [](const entry& a, const entry& b) { return a.name < b.name; });
+        for (std::size_t i = 1; i < entries_.size(); ++i) {
+            if (entries_[i].name == entries_[i - 1].name) {
+                fail(message("'", entries_[i].name, "' occurs twice"), entries_[i].offset);
+            }
+        }
+        auto places = entries_;
+        std::sort(places.begin(), places.end(), [](const entry& a, const entry& b) { return a.offset < b.offset; });
+        for (std::size_t i = 1; i < places.size(); ++i) {
+            if (places[i - 1].size > places[i].offset - places[i - 1].offset) {
+                fail(message("'", places[i - 1].name, "' and '", places[i].name, "' share bytes"), places[i].offset);
+            }
+        }
+    }
+    /// Reads the entry of the directory at `at`; returns where the next one begins. Entries lie before `begin`.
+    [[nodiscard]] std::uint64_t read_entry(std::uint64_t at, std::uint64_t begin)
+    {
+        constexpr std::uint32_t local_mark = 0x04034b50, wide = 0xffffffff;
+        const auto flags = number<std::uint16_t>(at + 8), method = number<std::uint16_t>(at + 10);
+        const std::uint64_t name_size = number<std::uint16_t>(at + 28), extra_size = number<std::uint16_t>(at + 30),
+                            comment_size = number<std::uint16_t>(at + 32);
+        std::uint64_t packed = number<std::uint32_t>(at + 20), size = number<std::uint32_t>(at + 24),
+                      local = number<std::uint32_t>(at + 42);
+        entry one;
+        one.name = text(at + 46, name_size);
+        const std::uint64_t extra_end = at + 46 + name_size + extra_size;
+        (void)text(at + 46 + name_size, extra_size);
+        for (std::uint64_t field = at + 46 + name_size; extra_end - field >= 4;) {
+            const auto id = number<std::uint16_t>(field), length = number<std::uint16_t>(field + 2);
+            if (length > extra_end - field - 4) { break; }
+            std::uint64_t place = field + 4;
+            const std::uint64_t field_end = place + length;
+            for (auto* value : {&size, &packed, &local}) {
+                if (id == 1 && *value == wide && field_end - place >= 8) {
+                    *value = number<std::uint64_t>(place);
+                    place += 8;
+                }
+            }
+            field = field_end;
+        }
+        if (local > begin || begin - local < 30 || number<std::uint32_t>(local) != local_mark) {
+            fail(message("'", one.name, "' is not where the directory says"), local);
+        }
+        const std::uint64_t here = number<std::uint16_t>(local + 26);
+        one.offset = local + 30 + here + number<std::uint16_t>(local + 28);
+        if (here != name_size || text(local + 30, here) != one.name) {
+            fail(message("'", one.name, "' has another name where it lies"), local);
+        }
+        one.stored = method == 0 && (flags & 1u) == 0;
+        one.size = one.stored ? size : packed;
+        if (one.stored && packed != size) { fail(message("'", one.name, "' has two sizes"), at); }
+        if (one.offset > begin || one.size > begin - one.offset) {
+            fail(message("'", one.name, "' runs past the end"), one.offset);
+        }
+        entries_.push_back(one);
+        return extra_end + comment_size;
+    }
+
+    std::string_view bytes_, file_;
+    std::vector<entry> entries_;
+};
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ZIP_DIRECTORY_HPP
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The most bytes, laid out, of a file's tensors that have more elements than their storage (expanded views).
+inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
+
+/// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
+/// be equal: tied weights).
+struct pytorch_contents {
+    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
+    std::vector<std::string> notes{}; ///< what whoever opens it should know
+    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
+    /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
+    /// entry's offset on; the entry's size is that of the rows.
+    std::map<std::string, extents> strides{};
+};
+
+namespace detail {
+
 /// Tensors of a PyTorch file by name, each checked against the archive.
 class pytorch_tensors {
 public:
@@ -10341,119 +10393,25 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
 // QTIP, VPTQ, ComfyUI's other formats, and any integers beside scales.
 
 
-// ---- taskvec/models/operand_source.hpp
-#if !defined(TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP)
-#define TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
-// Tensors that are stored nowhere as numbers: their elements are worked out when they are read.
+// ---- taskvec/formats/quantisation_hints.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_QUANTISATION_HINTS_HPP)
+#define TASKVEC_SINGLE_FORMATS_QUANTISATION_HINTS_HPP
+// What configurations, indexes and headers say of how a model is quantised.
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <cstddef>
-#include <cstdint>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// What stands for the stored elements of one tensor: of a task (aligned_models::compute()), as a base weight with
-/// adapters added (adapters/adapted_weight.hpp); or of any model whose tensor_ref names it (`source`), as a quantised
-/// layer (formats/quantised.hpp). Everything that walks over aligned models reads it as it would a tensor of
-/// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
-/// once; the same elements must come out each time.
-class operand_source {
-public:
-    virtual ~operand_source() = default;
-    /// f32 or f64.
-    [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
-    /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
-    virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
-    /// Does beforehand, on the policy's threads, what the first read would do by itself.
-    virtual void prepare(const cpu& /*policy*/) const { }
-    /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
-    virtual void release() const { }
-    /// Bits that are read for an element: for progress and reports.
-    [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
-};
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
-
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <functional>
-#include <initializer_list>
 #include <map>
-#include <set>
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// The schemes that are read.
-enum class quantisation : std::uint8_t {
-    fp8, ///< one code of 8 bits (E4M3 or E5M2) for each number, one scale for a tensor, a channel or a block
-    mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
-    nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
-};
-/// The name of a scheme, as messages say it.
-[[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
-{
-    return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
-}
-
-/// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
-struct layer_part {
-    std::string leaf; ///< its name without the layer's stem
-    const_tensor_ref tensor{}; ///< of the file
-};
-
-/// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
-struct quantised_layer {
-    std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
-    quantisation scheme = quantisation::fp8; ///< of its codes
-    extents shape{}; ///< of the numbers
-    extents block{}; ///< for each extent, how many elements share a scale
-    extents grid{}; ///< for each extent, how many scales there are
-    const_tensor_ref codes{}, scales{}; ///< as they are stored
-    float factor = 1; ///< NVFP4: of all scales
-    bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
-    bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
-    std::vector<layer_part> parts{}; ///< codes, scales, and what belongs to the layer beside them (input scales)
-
-    /// "per tensor", "per channel", "blocks of 128 × 128", …
-    [[nodiscard]] std::string granularity() const
-    {
-        if (element_count(grid) <= 1) { return "per tensor"; }
-        std::size_t split = 0;
-        for (std::size_t i = 1; i < grid.size(); ++i) { split += grid[i] > 1 ? 1u : 0u; }
-        if (block[0] == 1 && split == 0) { return "per channel"; }
-        std::string text = "blocks of ";
-        for (std::size_t i = 0; i < block.size(); ++i) { text += (i ? " × " : "") + std::to_string(block[i]); }
-        return text;
-    }
-};
-
-/// What stands before a layer's last word: part names are this and their leaves. "a.b.weight" has "a.b.".
-[[nodiscard]] inline std::string_view layer_stem(std::string_view name)
-{
-    const auto dot = name.rfind('.');
-    return dot == name.npos ? std::string_view() : name.substr(0, dot + 1);
-}
-
-/// A layer that nothing here reads, or that is damaged.
-struct unread_layer {
-    std::string name; ///< of the layer
-    std::string what; ///< "is quantised by GPTQ", "has a scale of shape …"
-    std::string mend; ///< "dequantise it first …", without the way that always is: to exclude the layer
-    std::vector<std::string> parts{}; ///< names of its tensors
-};
 
 /// What is said about a model's layers beyond their tensors: by its configuration, its index and its file's header.
 struct quantisation_hints {
@@ -10605,6 +10563,114 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
     return hints;
 }
 
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_QUANTISATION_HINTS_HPP
+
+// ---- taskvec/formats/quantised_tensor.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_QUANTISED_TENSOR_HPP)
+#define TASKVEC_SINGLE_FORMATS_QUANTISED_TENSOR_HPP
+// Codes and their scales as a tensor of numbers.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/models/operand_source.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP)
+#define TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
+// Tensors that are stored nowhere as numbers: their elements are worked out when they are read.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What stands for the stored elements of one tensor: of a task (aligned_models::compute()), as a base weight with
+/// adapters added (adapters/adapted_weight.hpp); or of any model whose tensor_ref names it (`source`), as a quantised
+/// layer (formats/quantised.hpp). Everything that walks over aligned models reads it as it would a tensor of
+/// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
+/// once; the same elements must come out each time.
+class operand_source {
+public:
+    virtual ~operand_source() = default;
+    /// f32 or f64.
+    [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
+    /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
+    virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
+    /// Does beforehand, on the policy's threads, what the first read would do by itself.
+    virtual void prepare(const cpu& /*policy*/) const { }
+    /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
+    virtual void release() const { }
+    /// Bits that are read for an element: for progress and reports.
+    [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The schemes that are read.
+enum class quantisation : std::uint8_t {
+    fp8, ///< one code of 8 bits (E4M3 or E5M2) for each number, one scale for a tensor, a channel or a block
+    mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
+    nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
+};
+/// The name of a scheme, as messages say it.
+[[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
+{
+    return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
+}
+
+/// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
+struct layer_part {
+    std::string leaf; ///< its name without the layer's stem
+    const_tensor_ref tensor{}; ///< of the file
+};
+
+/// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
+struct quantised_layer {
+    std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
+    quantisation scheme = quantisation::fp8; ///< of its codes
+    extents shape{}; ///< of the numbers
+    extents block{}; ///< for each extent, how many elements share a scale
+    extents grid{}; ///< for each extent, how many scales there are
+    const_tensor_ref codes{}, scales{}; ///< as they are stored
+    float factor = 1; ///< NVFP4: of all scales
+    bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
+    bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
+    std::vector<layer_part> parts{}; ///< codes, scales, and what belongs to the layer beside them (input scales)
+
+    /// "per tensor", "per channel", "blocks of 128 × 128", …
+    [[nodiscard]] std::string granularity() const
+    {
+        if (element_count(grid) <= 1) { return "per tensor"; }
+        std::size_t split = 0;
+        for (std::size_t i = 1; i < grid.size(); ++i) { split += grid[i] > 1 ? 1u : 0u; }
+        if (block[0] == 1 && split == 0) { return "per channel"; }
+        std::string text = "blocks of ";
+        for (std::size_t i = 0; i < block.size(); ++i) { text += (i ? " × " : "") + std::to_string(block[i]); }
+        return text;
+    }
+};
+
+/// What stands before a layer's last word: part names are this and their leaves. "a.b.weight" has "a.b.".
+[[nodiscard]] inline std::string_view layer_stem(std::string_view name)
+{
+    const auto dot = name.rfind('.');
+    return dot == name.npos ? std::string_view() : name.substr(0, dot + 1);
+}
+
 namespace detail {
 
 /// The numbers of all codes.
@@ -10744,6 +10810,32 @@ private:
     }
 
     quantised_layer layer_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_QUANTISED_TENSOR_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <set>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A layer that nothing here reads, or that is damaged.
+struct unread_layer {
+    std::string name; ///< of the layer
+    std::string what; ///< "is quantised by GPTQ", "has a scale of shape …"
+    std::string mend; ///< "dequantise it first …", without the way that always is: to exclude the layer
+    std::vector<std::string> parts{}; ///< names of its tensors
 };
 
 /// The layers of a model that are quantised, and the model with each of them as one tensor.
