@@ -223,7 +223,7 @@ private:
                 }
                 std::fill_n(sum, tasks_, 0.0);
                 entries_of<A>(rows, [&](std::size_t i, const auto& x) {
-                    const detail::lone_entry<A> entry{rows.position() + i, 0};
+                    const kernels::ruled_entries<A, 0> entry{rows.position() + i, nullptr};
                     if (!rule.mask_of(entry, tasks_, x).lanes) { return; }
                     for (std::size_t t = 0; t < tasks_; ++t) {
                         sum[t] += static_cast<double>(x(t).lanes) * static_cast<double>(x(t).lanes);

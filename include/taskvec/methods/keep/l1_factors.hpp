@@ -3,11 +3,11 @@
 #pragma once
 
 #include <taskvec/core/error.hpp>
+#include <taskvec/core/kernels.hpp>
 #include <taskvec/core/pack.hpp>
-#include <taskvec/core/random.hpp>
 #include <taskvec/methods/passes.hpp>
+#include <taskvec/methods/walk.hpp>
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -15,38 +15,102 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
-/// 1e-7, as in mergekit. Cost: one read of the models, entry by entry. On the CPU only: invalid_argument elsewhere.
+/// 1e-7, as in mergekit. Cost: one read of the models. On the CPU only: invalid_argument elsewhere.
 template <class Passes, class Keep>
 [[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep);
 
-namespace detail {
+namespace kernels {
 
-/// One entry as a keep rule sees it, outside of a merge's kernel.
+TASKVEC_KERNELS_BEGIN
+
+/// Magnitudes of a row, for sum().
 template <arithmetic_element A>
-struct lone_entry {
+struct magnitude_terms {
+    const A* x;
+
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
+    {
+        return from_bits(magnitude_of(load_wide<bytes>(x + i)));
+    }
+};
+
+/// Entries as a keep rule sees them, outside of a merge.
+template <arithmetic_element A, int bytes>
+struct ruled_entries {
     using number = A;
-    using pack = taskvec::pack<A, 0>;
+    using pack = taskvec::pack<A, bytes>;
     using words = typename pack::words;
     using mask = typename pack::mask;
-    std::uint64_t place = 0;
-    std::uint32_t word = 0; ///< of the rule's stream
+    std::uint64_t place; ///< in the concatenation of all tensors; all of a pack lie on one side of what a rule asks for
+    const signed_word<A>* drawn; ///< the rule's words of these entries; null where it draws none
 
     [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t end) const noexcept { return place < end; }
     [[nodiscard]] TASKVEC_INLINE words draws(std::size_t) const noexcept
     {
-        return {static_cast<signed_word<A>>(static_cast<std::int64_t>(word) - (std::int64_t{1} << 31))};
+        using lanes = typename taskvec::detail::vector_of<signed_word<A>, bytes>::anywhere;
+        return {*reinterpret_cast<const lanes*>(drawn)};
     }
 };
 
-/// x as the rule of a tensor keeps it, for the entry `at` of the tensor.
+/// out[i] = x[i] as a tensor's rule keeps it of task t.
 template <arithmetic_element A, class Rule>
-[[nodiscard]] A kept_entry(const Rule& rule, std::size_t t, std::uint64_t position, std::uint64_t at, A x)
-{
-    lone_entry<A> entry{position + at, 0};
-    if constexpr (requires { rule.stream(t); }) {
-        if (rule.drawing()) { entry.word = rule.stream(t).word(at); }
+struct ruled_row_kernel {
+    const Rule& rule;
+    std::size_t task;
+    std::uint64_t place; ///< of x[0]
+    const signed_word<A>* drawn;
+    const A* x;
+    A* out;
+    std::size_t size;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t i = 0;
+        if constexpr (bytes > 0) { packs_of<bytes>(i); }
+        packs_of<0>(i);
     }
-    return rule(entry, t, pack<A, 0>{x}).lanes;
+
+private:
+    template <int bytes>
+    TASKVEC_INLINE void packs_of(std::size_t& i) const
+    {
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        for (; i + width <= size; i += width) {
+            const ruled_entries<A, bytes> entries{place + i, drawn ? drawn + i : nullptr};
+            store_row<A>(rule(entries, task, load_row<A, bytes, A>(x + i)), out + i);
+        }
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+namespace detail {
+
+/// out = a row of task vector t as the rule of its tensor keeps it. `words`: room for a block's.
+template <arithmetic_element A, class Rule>
+void keep_row(const row_block<A>& rows, const Rule& rule, std::size_t t, const A* x, A* out, signed_word<A>* words)
+{
+    const signed_word<A>* drawn = nullptr;
+    if constexpr (requires { rule.stream(t); }) {
+        if (rule.drawing()) {
+            fill_draws<A>(rule.stream(t), rows.offset(), words, rows.size());
+            drawn = words;
+        }
+    }
+    const std::uint64_t place = rows.position();
+    for (std::size_t at = 0; at < rows.size();) {
+        std::size_t until = rows.size();
+        if constexpr (requires { rule.constant_until(place, place); }) {
+            until = static_cast<std::size_t>(rule.constant_until(place + at, place + until) - place);
+        }
+        kernels::run_widest(kernels::ruled_row_kernel<A, Rule>{
+            rule, t, place + at, drawn ? drawn + at : nullptr, x + at, out + at, until - at});
+        at = until;
+    }
 }
 
 } // namespace detail
@@ -62,18 +126,15 @@ std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
     else {
         const std::size_t tasks = passes.tasks();
         auto sums = tensor_sums<storage_of<Passes>>(
-            passes.policy(), passes.models(), 2 * tasks, 0, "norms", [&]<class A>(row_block<A>& rows, double* sum) {
+            passes.policy(), passes.models(), 2 * tasks, 1, "norms", [&]<class A>(row_block<A>& rows, double* sum) {
                 const auto rule = keep.template get<A>(rows.tensor_index());
+                alignas(64) signed_word<A> words[block_size];
+                A* const kept = rows.scratch(0);
                 for (std::size_t t = 0; t < tasks; ++t) {
                     const A* const x = rows.delta(t);
-                    double all = 0, kept = 0;
-                    for (std::size_t i = 0; i < rows.size(); ++i) {
-                        const A taken = detail::kept_entry(rule, t, rows.tensor().position, rows.offset() + i, x[i]);
-                        all += std::abs(static_cast<double>(x[i]));
-                        kept += std::abs(static_cast<double>(taken));
-                    }
-                    sum[2 * t] = all;
-                    sum[2 * t + 1] = kept;
+                    detail::keep_row(rows, rule, t, x, kept, words);
+                    sum[2 * t] = kernels::sum(kernels::magnitude_terms<A>{x}, rows.size());
+                    sum[2 * t + 1] = kernels::sum(kernels::magnitude_terms<A>{kept}, rows.size());
                 }
             });
         for (auto& of_tensor : sums) {
