@@ -110,6 +110,7 @@
 #include <taskvec/methods/sce.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/methods/task_rows.hpp>
 #include <taskvec/methods/ties.hpp>
 #include <taskvec/methods/vector_factors.hpp>
 #include <taskvec/methods/walk.hpp>

@@ -13225,6 +13225,106 @@ struct unit_election_body : Rule {
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/methods/task_rows.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_TASK_ROWS_HPP)
+#define TASKVEC_SINGLE_METHODS_TASK_ROWS_HPP
+// Rows of a block's task vectors, a pack of entries at a time, for what a method works out before it merges.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Entries as a rule sees them that merges use too (`before`, `draws`).
+template <arithmetic_element A, int bytes>
+struct ruled_entries {
+    using number = A;
+    using pack = taskvec::pack<A, bytes>;
+    using words = typename pack::words;
+    using mask = typename pack::mask;
+    std::uint64_t place; ///< in the concatenation of all tensors; all of a pack lie on one side of what a rule asks for
+    const signed_word<A>* drawn; ///< the rule's words of these entries; null where it draws none
+
+    [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t end) const noexcept { return place < end; }
+    [[nodiscard]] TASKVEC_INLINE words draws(std::size_t) const noexcept
+    {
+        using lanes = typename taskvec::detail::vector_of<signed_word<A>, bytes>::anywhere;
+        return {*reinterpret_cast<const lanes*>(drawn)};
+    }
+};
+
+/// Some consecutive entries of all task vectors, whose rows lie `stride` apart: x(t) is the pack of task t.
+template <arithmetic_element A, int bytes>
+struct task_packs {
+    const A* first; ///< of task 0
+    std::size_t stride;
+
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator()(std::size_t t) const noexcept
+    {
+        return load_row<A, bytes, A>(first + t * stride);
+    }
+};
+
+/// Calls work.template at<bytes>(i, x) for the entries of a block from i on: whole packs first, then one by one.
+template <arithmetic_element A, class Work>
+struct task_rows_kernel {
+    Work& work;
+    const A* rows;
+    std::size_t stride, size;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t i = 0;
+        if constexpr (bytes > 0) { packs_of<bytes>(i); }
+        packs_of<0>(i);
+    }
+
+private:
+    template <int bytes>
+    TASKVEC_INLINE void packs_of(std::size_t& i) const
+    {
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        for (; i + width <= size; i += width) { work.template at<bytes>(i, task_packs<A, bytes>{rows + i, stride}); }
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+namespace detail {
+
+/// The rows of a block's task vectors, task 0 first and block_size apart; of tasks where there is no base.
+template <arithmetic_element A>
+[[nodiscard]] const A* delta_rows(row_block<A>& rows)
+{
+    for (std::size_t t = 0; t < rows.task_count(); ++t) {
+        const A* const x = rows.delta(t);
+        if (x != rows.row(t)) { std::copy_n(x, rows.size(), rows.row(t)); }
+    }
+    return rows.row(0);
+}
+
+/// Runs `work` over `rows`, which delta_rows() gave.
+template <arithmetic_element A, class Work>
+void over_task_rows(const A* rows, std::size_t size, Work& work)
+{
+    kernels::run_widest(kernels::task_rows_kernel<A, Work>{work, rows, block_size, size});
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_TASK_ROWS_HPP
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -13249,24 +13349,6 @@ struct magnitude_terms {
     [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
     {
         return from_bits(magnitude_of(load_wide<bytes>(x + i)));
-    }
-};
-
-/// Entries as a keep rule sees them, outside of a merge.
-template <arithmetic_element A, int bytes>
-struct ruled_entries {
-    using number = A;
-    using pack = taskvec::pack<A, bytes>;
-    using words = typename pack::words;
-    using mask = typename pack::mask;
-    std::uint64_t place; ///< in the concatenation of all tensors; all of a pack lie on one side of what a rule asks for
-    const signed_word<A>* drawn; ///< the rule's words of these entries; null where it draws none
-
-    [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t end) const noexcept { return place < end; }
-    [[nodiscard]] TASKVEC_INLINE words draws(std::size_t) const noexcept
-    {
-        using lanes = typename taskvec::detail::vector_of<signed_word<A>, bytes>::anywhere;
-        return {*reinterpret_cast<const lanes*>(drawn)};
     }
 };
 
@@ -24626,9 +24708,10 @@ TASKVEC_COMPILED_MERGES(extern, passthrough_options)
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <numeric>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -24738,6 +24821,52 @@ private:
     double epsilon_;
 };
 
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Counts for each task the entries of a block on which it acts with others, and those on which it acts alone.
+template <arithmetic_element A>
+struct acting_tasks {
+    static constexpr std::size_t lanes = 64 / sizeof(A);
+    A epsilon;
+    std::size_t tasks;
+    signed_word<A>* counts; ///< `lanes` for each task, with others, then as many alone; their sums count
+
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t, const Deltas& x) const
+    {
+        using words = pack_words<A, bytes>;
+        words acting{};
+        for (std::size_t t = 0; t < tasks; ++t) { acting = added_where(acts(x(t)), acting); }
+        const auto several = materialised(acting > 1);
+        for (std::size_t t = 0; t < tasks; ++t) {
+            const auto here = acts(x(t));
+            add(here & several, counts + t * lanes);
+            add(here & ~several, counts + (tasks + t) * lanes);
+        }
+    }
+
+private:
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> acts(const pack<A, bytes>& x) const noexcept
+    {
+        return from_bits(magnitude_of(x)) > epsilon;
+    }
+    template <int bytes>
+    static TASKVEC_INLINE void add(const pack_mask<A, bytes>& mask, signed_word<A>* to) noexcept
+    {
+        pack_words<A, bytes> count;
+        std::memcpy(&count, to, sizeof count);
+        count = added_where(mask, count);
+        std::memcpy(to, &count, sizeof count);
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
 template <>
 class method<ram_plus_options> : public elementwise_method {
 public:
@@ -24767,17 +24896,14 @@ private:
         auto counts = tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), 2 * tasks, 0, "shares", [&]<class A>(row_block<A>& rows, double* sum) {
                 const A epsilon = static_cast<A>(options.epsilon);
-                std::fill_n(sum, 2 * tasks, 0.0);
-                for (std::size_t t = 0; t < tasks; ++t) { (void)rows.delta(t); }
-                const bool differences = rows.tensor().base.data != nullptr;
-                std::vector<const A*> x(tasks);
-                for (std::size_t t = 0; t < tasks; ++t) { x[t] = differences ? rows.row(t) : rows.task(t); }
-                for (std::size_t i = 0; i < rows.size(); ++i) {
-                    std::size_t acting = 0;
-                    for (std::size_t t = 0; t < tasks; ++t) { acting += std::abs(x[t][i]) > epsilon; }
-                    for (std::size_t t = 0; t < tasks; ++t) {
-                        if (std::abs(x[t][i]) > epsilon) { sum[acting > 1 ? t : tasks + t] += 1; }
-                    }
+                using counter = kernels::acting_tasks<A>;
+                std::pmr::vector<signed_word<A>> lanes(2 * tasks * counter::lanes, memory_of(passes.policy()));
+                const counter work{epsilon, tasks, lanes.data()};
+                detail::over_task_rows(detail::delta_rows(rows), rows.size(), work);
+                for (std::size_t k = 0; k < 2 * tasks; ++k) {
+                    const auto* const of_lanes = lanes.data() + k * counter::lanes;
+                    sum[k] =
+                        static_cast<double>(std::accumulate(of_lanes, of_lanes + counter::lanes, signed_word<A>{0}));
                 }
             });
         if (options.scope == taskvec::scope::model) {
@@ -25467,7 +25593,6 @@ TASKVEC_COMPILED_MERGES(extern, regmean_options)
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <string_view>
 #include <utility>
@@ -25572,6 +25697,44 @@ struct sce_body {
     }
 };
 
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The variances of a block's entries.
+template <arithmetic_element A>
+struct entry_variances {
+    std::size_t tasks;
+    A* out;
+
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t i, const Deltas& x)
+    {
+        const auto variance = from_bits(magnitude_of(taskvec::detail::variance_of<pack<A, bytes>>(tasks, x)));
+        store_row<A>(variance, out + i);
+    }
+};
+
+/// Rows of task vectors with what is not selected as 0.
+template <arithmetic_element A>
+struct selected_entries {
+    const sce_body<A>& rule;
+    std::size_t tasks;
+    std::uint64_t place; ///< of the first entry
+    A* out; ///< rows, block_size apart
+
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t i, const Deltas& x)
+    {
+        const auto selected = materialised(rule.mask_of(ruled_entries<A, bytes>{place + i, nullptr}, tasks, x));
+        for (std::size_t t = 0; t < tasks; ++t) { store_row<A>(where(selected, x(t)), out + t * block_size + i); }
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
 template <>
 class method<sce_options> : public elementwise_method {
 public:
@@ -25622,67 +25785,68 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
-    /// Calls use(i, x) for the entries of a block, with x(t) those of the task vectors.
-    template <arithmetic_element A, class Use>
-    void entries_of(row_block<A>& rows, const Use& use) const
-    {
-        for (std::size_t t = 0; t < tasks_; ++t) { (void)rows.delta(t); }
-        for (std::size_t i = 0; i < rows.size(); ++i) {
-            use(i, [&](std::size_t t) { return pack<A, 0>{rows.row(t)[i]}; });
-        }
-    }
     /// The threshold on the variances of a tensor, as bits: a variance that overflows is the largest.
     template <arithmetic_element A, class Passes>
     [[nodiscard]] top_k_threshold<A> threshold(Passes& passes, std::size_t tensor, double density) const
     {
-        using bits = bits_type<A>;
         const auto& models = passes.models();
-        std::pmr::vector<bits> variances(models.tensors()[tensor].size, memory_of(passes.policy()));
-        for_each_block(passes.policy(), models, chunk_range{models.first_chunk(tensor), models.first_chunk(tensor + 1)},
-            0, "variances", [&]<class B>(std::size_t, std::size_t, row_block<B>& rows) {
+        const cpu& policy = passes.policy();
+        const std::size_t size = models.tensors()[tensor].size;
+        std::pmr::vector<A> variances(size, memory_of(policy));
+        for_each_block(policy, models, chunk_range{models.first_chunk(tensor), models.first_chunk(tensor + 1)}, 0,
+            "variances", [&]<class B>(std::size_t, std::size_t, row_block<B>& rows) {
                 if constexpr (std::same_as<A, B>) {
-                    entries_of<A>(rows, [&](std::size_t i, const auto& x) {
-                        variances[static_cast<std::size_t>(rows.offset()) + i] =
-                            magnitude_bits(detail::variance_of<pack<A, 0>>(tasks_, x).lanes);
-                    });
+                    kernels::entry_variances<A> work{tasks_, variances.data() + rows.offset()};
+                    detail::over_task_rows(detail::delta_rows(rows), rows.size(), work);
                 }
             });
-        const auto differing = static_cast<std::uint64_t>(
-            std::count_if(variances.begin(), variances.end(), [](bits x) { return x != 0; }));
+        const auto differing = static_cast<std::uint64_t>(size)
+            - static_cast<std::uint64_t>(std::count(variances.begin(), variances.end(), A{0}));
         const auto k = static_cast<std::uint64_t>(std::floor(density * static_cast<double>(differing)));
-        if (k == 0) { return {static_cast<bits>(~sign_mask<A>), 0}; }
-        std::pmr::vector<bits> sorted(variances, memory_of(passes.policy()));
-        const auto kth = sorted.begin() + static_cast<std::ptrdiff_t>(k - 1);
-        std::nth_element(sorted.begin(), kth, sorted.end(), std::greater<>());
-        const bits least = *kth;
-        std::uint64_t equals = k
-            - static_cast<std::uint64_t>(
-                std::count_if(variances.begin(), variances.end(), [&](bits x) { return x > least; }));
-        std::uint64_t place = models.tensors()[tensor].position;
-        for (std::size_t i = 0; equals > 0; ++i, ++place) { equals -= variances[i] == least ? 1u : 0u; }
-        return {least, place};
+        if (k == 0) { return {static_cast<bits_type<A>>(~sign_mask<A>), 0}; }
+        model_options how;
+        how.on_nonfinite = nonfinite::propagate;
+        const const_model_ref all = detail::flat_model(host_view<const A>(variances.data(), size));
+        const aligned_models ranked(nullptr, {&all, 1}, how);
+        auto found = top_k_thresholds<A, storage_list<A>>(policy, ranked, all_chunks(ranked), std::array{k})[0];
+        if (found.equal_end <= size) { found.equal_end += models.tensors()[tensor].position; }
+        return found;
     }
     /// Σ τt² over what is selected of every tensor.
     template <class Passes>
     [[nodiscard]] std::vector<std::vector<double>> squares_of(Passes& passes) const
     {
         return tensor_sums<storage_of<Passes>>(
-            passes.policy(), passes.models(), tasks_, 0, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
-                const std::size_t tensor = rows.tensor_index();
-                sce_body<A> rule{{}, nullptr, 0};
-                if constexpr (std::same_as<A, double>) { rule.selected = wide_[tensor]; }
-                else {
-                    rule.selected = single_[tensor];
-                }
-                std::fill_n(sum, tasks_, 0.0);
-                entries_of<A>(rows, [&](std::size_t i, const auto& x) {
-                    const kernels::ruled_entries<A, 0> entry{rows.position() + i, nullptr};
-                    if (!rule.mask_of(entry, tasks_, x).lanes) { return; }
-                    for (std::size_t t = 0; t < tasks_; ++t) {
-                        sum[t] += static_cast<double>(x(t).lanes) * static_cast<double>(x(t).lanes);
+            passes.policy(), passes.models(), tasks_, tasks_, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
+                const sce_body<A> rule = body_of<A>(rows.tensor_index());
+                const A* selected = detail::delta_rows(rows);
+                if (walks_ > 1) {
+                    kernels::selected_entries<A> work{rule, tasks_, rows.position(), rows.scratch(0)};
+                    std::size_t at = 0;
+                    while (at < rows.size()) {
+                        const auto end = rule.constant_until(rows.position() + at, rows.position() + rows.size());
+                        const auto until = static_cast<std::size_t>(end - rows.position());
+                        work.place = rows.position() + at;
+                        work.out = rows.scratch(0) + at;
+                        detail::over_task_rows(selected + at, until - at, work);
+                        at = until;
                     }
-                });
+                    selected = rows.scratch(0);
+                }
+                for (std::size_t t = 0; t < tasks_; ++t) {
+                    const A* const x = selected + t * block_size;
+                    sum[t] = kernels::dot(x, x, rows.size());
+                }
             });
+    }
+    /// What selects, without weights.
+    template <arithmetic_element A>
+    [[nodiscard]] sce_body<A> body_of(std::size_t tensor) const
+    {
+        if constexpr (std::same_as<A, double>) { return {wide_[tensor], nullptr, 0}; }
+        else {
+            return {single_[tensor], nullptr, 0};
+        }
     }
 
     std::size_t tasks_;

@@ -6,13 +6,15 @@
 #include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/methods/task_rows.hpp>
 #include <taskvec/select/thresholds.hpp>
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <numeric>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -122,6 +124,52 @@ private:
     double epsilon_;
 };
 
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Counts for each task the entries of a block on which it acts with others, and those on which it acts alone.
+template <arithmetic_element A>
+struct acting_tasks {
+    static constexpr std::size_t lanes = 64 / sizeof(A);
+    A epsilon;
+    std::size_t tasks;
+    signed_word<A>* counts; ///< `lanes` for each task, with others, then as many alone; their sums count
+
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t, const Deltas& x) const
+    {
+        using words = pack_words<A, bytes>;
+        words acting{};
+        for (std::size_t t = 0; t < tasks; ++t) { acting = added_where(acts(x(t)), acting); }
+        const auto several = materialised(acting > 1);
+        for (std::size_t t = 0; t < tasks; ++t) {
+            const auto here = acts(x(t));
+            add(here & several, counts + t * lanes);
+            add(here & ~several, counts + (tasks + t) * lanes);
+        }
+    }
+
+private:
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> acts(const pack<A, bytes>& x) const noexcept
+    {
+        return from_bits(magnitude_of(x)) > epsilon;
+    }
+    template <int bytes>
+    static TASKVEC_INLINE void add(const pack_mask<A, bytes>& mask, signed_word<A>* to) noexcept
+    {
+        pack_words<A, bytes> count;
+        std::memcpy(&count, to, sizeof count);
+        count = added_where(mask, count);
+        std::memcpy(to, &count, sizeof count);
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
 template <>
 class method<ram_plus_options> : public elementwise_method {
 public:
@@ -151,17 +199,14 @@ private:
         auto counts = tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), 2 * tasks, 0, "shares", [&]<class A>(row_block<A>& rows, double* sum) {
                 const A epsilon = static_cast<A>(options.epsilon);
-                std::fill_n(sum, 2 * tasks, 0.0);
-                for (std::size_t t = 0; t < tasks; ++t) { (void)rows.delta(t); }
-                const bool differences = rows.tensor().base.data != nullptr;
-                std::vector<const A*> x(tasks);
-                for (std::size_t t = 0; t < tasks; ++t) { x[t] = differences ? rows.row(t) : rows.task(t); }
-                for (std::size_t i = 0; i < rows.size(); ++i) {
-                    std::size_t acting = 0;
-                    for (std::size_t t = 0; t < tasks; ++t) { acting += std::abs(x[t][i]) > epsilon; }
-                    for (std::size_t t = 0; t < tasks; ++t) {
-                        if (std::abs(x[t][i]) > epsilon) { sum[acting > 1 ? t : tasks + t] += 1; }
-                    }
+                using counter = kernels::acting_tasks<A>;
+                std::pmr::vector<signed_word<A>> lanes(2 * tasks * counter::lanes, memory_of(passes.policy()));
+                const counter work{epsilon, tasks, lanes.data()};
+                detail::over_task_rows(detail::delta_rows(rows), rows.size(), work);
+                for (std::size_t k = 0; k < 2 * tasks; ++k) {
+                    const auto* const of_lanes = lanes.data() + k * counter::lanes;
+                    sum[k] =
+                        static_cast<double>(std::accumulate(of_lanes, of_lanes + counter::lanes, signed_word<A>{0}));
                 }
             });
         if (options.scope == taskvec::scope::model) {

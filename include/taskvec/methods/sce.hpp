@@ -4,8 +4,8 @@
 
 #include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
-#include <taskvec/methods/keep/l1_factors.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/methods/task_rows.hpp>
 #include <taskvec/select/top_k.hpp>
 
 #include <algorithm>
@@ -14,7 +14,6 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <string_view>
 #include <utility>
@@ -119,6 +118,44 @@ struct sce_body {
     }
 };
 
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The variances of a block's entries.
+template <arithmetic_element A>
+struct entry_variances {
+    std::size_t tasks;
+    A* out;
+
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t i, const Deltas& x)
+    {
+        const auto variance = from_bits(magnitude_of(taskvec::detail::variance_of<pack<A, bytes>>(tasks, x)));
+        store_row<A>(variance, out + i);
+    }
+};
+
+/// Rows of task vectors with what is not selected as 0.
+template <arithmetic_element A>
+struct selected_entries {
+    const sce_body<A>& rule;
+    std::size_t tasks;
+    std::uint64_t place; ///< of the first entry
+    A* out; ///< rows, block_size apart
+
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t i, const Deltas& x)
+    {
+        const auto selected = materialised(rule.mask_of(ruled_entries<A, bytes>{place + i, nullptr}, tasks, x));
+        for (std::size_t t = 0; t < tasks; ++t) { store_row<A>(where(selected, x(t)), out + t * block_size + i); }
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
 template <>
 class method<sce_options> : public elementwise_method {
 public:
@@ -169,67 +206,68 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
-    /// Calls use(i, x) for the entries of a block, with x(t) those of the task vectors.
-    template <arithmetic_element A, class Use>
-    void entries_of(row_block<A>& rows, const Use& use) const
-    {
-        for (std::size_t t = 0; t < tasks_; ++t) { (void)rows.delta(t); }
-        for (std::size_t i = 0; i < rows.size(); ++i) {
-            use(i, [&](std::size_t t) { return pack<A, 0>{rows.row(t)[i]}; });
-        }
-    }
     /// The threshold on the variances of a tensor, as bits: a variance that overflows is the largest.
     template <arithmetic_element A, class Passes>
     [[nodiscard]] top_k_threshold<A> threshold(Passes& passes, std::size_t tensor, double density) const
     {
-        using bits = bits_type<A>;
         const auto& models = passes.models();
-        std::pmr::vector<bits> variances(models.tensors()[tensor].size, memory_of(passes.policy()));
-        for_each_block(passes.policy(), models, chunk_range{models.first_chunk(tensor), models.first_chunk(tensor + 1)},
-            0, "variances", [&]<class B>(std::size_t, std::size_t, row_block<B>& rows) {
+        const cpu& policy = passes.policy();
+        const std::size_t size = models.tensors()[tensor].size;
+        std::pmr::vector<A> variances(size, memory_of(policy));
+        for_each_block(policy, models, chunk_range{models.first_chunk(tensor), models.first_chunk(tensor + 1)}, 0,
+            "variances", [&]<class B>(std::size_t, std::size_t, row_block<B>& rows) {
                 if constexpr (std::same_as<A, B>) {
-                    entries_of<A>(rows, [&](std::size_t i, const auto& x) {
-                        variances[static_cast<std::size_t>(rows.offset()) + i] =
-                            magnitude_bits(detail::variance_of<pack<A, 0>>(tasks_, x).lanes);
-                    });
+                    kernels::entry_variances<A> work{tasks_, variances.data() + rows.offset()};
+                    detail::over_task_rows(detail::delta_rows(rows), rows.size(), work);
                 }
             });
-        const auto differing = static_cast<std::uint64_t>(
-            std::count_if(variances.begin(), variances.end(), [](bits x) { return x != 0; }));
+        const auto differing = static_cast<std::uint64_t>(size)
+            - static_cast<std::uint64_t>(std::count(variances.begin(), variances.end(), A{0}));
         const auto k = static_cast<std::uint64_t>(std::floor(density * static_cast<double>(differing)));
-        if (k == 0) { return {static_cast<bits>(~sign_mask<A>), 0}; }
-        std::pmr::vector<bits> sorted(variances, memory_of(passes.policy()));
-        const auto kth = sorted.begin() + static_cast<std::ptrdiff_t>(k - 1);
-        std::nth_element(sorted.begin(), kth, sorted.end(), std::greater<>());
-        const bits least = *kth;
-        std::uint64_t equals = k
-            - static_cast<std::uint64_t>(
-                std::count_if(variances.begin(), variances.end(), [&](bits x) { return x > least; }));
-        std::uint64_t place = models.tensors()[tensor].position;
-        for (std::size_t i = 0; equals > 0; ++i, ++place) { equals -= variances[i] == least ? 1u : 0u; }
-        return {least, place};
+        if (k == 0) { return {static_cast<bits_type<A>>(~sign_mask<A>), 0}; }
+        model_options how;
+        how.on_nonfinite = nonfinite::propagate;
+        const const_model_ref all = detail::flat_model(host_view<const A>(variances.data(), size));
+        const aligned_models ranked(nullptr, {&all, 1}, how);
+        auto found = top_k_thresholds<A, storage_list<A>>(policy, ranked, all_chunks(ranked), std::array{k})[0];
+        if (found.equal_end <= size) { found.equal_end += models.tensors()[tensor].position; }
+        return found;
     }
     /// Σ τt² over what is selected of every tensor.
     template <class Passes>
     [[nodiscard]] std::vector<std::vector<double>> squares_of(Passes& passes) const
     {
         return tensor_sums<storage_of<Passes>>(
-            passes.policy(), passes.models(), tasks_, 0, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
-                const std::size_t tensor = rows.tensor_index();
-                sce_body<A> rule{{}, nullptr, 0};
-                if constexpr (std::same_as<A, double>) { rule.selected = wide_[tensor]; }
-                else {
-                    rule.selected = single_[tensor];
-                }
-                std::fill_n(sum, tasks_, 0.0);
-                entries_of<A>(rows, [&](std::size_t i, const auto& x) {
-                    const kernels::ruled_entries<A, 0> entry{rows.position() + i, nullptr};
-                    if (!rule.mask_of(entry, tasks_, x).lanes) { return; }
-                    for (std::size_t t = 0; t < tasks_; ++t) {
-                        sum[t] += static_cast<double>(x(t).lanes) * static_cast<double>(x(t).lanes);
+            passes.policy(), passes.models(), tasks_, tasks_, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
+                const sce_body<A> rule = body_of<A>(rows.tensor_index());
+                const A* selected = detail::delta_rows(rows);
+                if (walks_ > 1) {
+                    kernels::selected_entries<A> work{rule, tasks_, rows.position(), rows.scratch(0)};
+                    std::size_t at = 0;
+                    while (at < rows.size()) {
+                        const auto end = rule.constant_until(rows.position() + at, rows.position() + rows.size());
+                        const auto until = static_cast<std::size_t>(end - rows.position());
+                        work.place = rows.position() + at;
+                        work.out = rows.scratch(0) + at;
+                        detail::over_task_rows(selected + at, until - at, work);
+                        at = until;
                     }
-                });
+                    selected = rows.scratch(0);
+                }
+                for (std::size_t t = 0; t < tasks_; ++t) {
+                    const A* const x = selected + t * block_size;
+                    sum[t] = kernels::dot(x, x, rows.size());
+                }
             });
+    }
+    /// What selects, without weights.
+    template <arithmetic_element A>
+    [[nodiscard]] sce_body<A> body_of(std::size_t tensor) const
+    {
+        if constexpr (std::same_as<A, double>) { return {wide_[tensor], nullptr, 0}; }
+        else {
+            return {single_[tensor], nullptr, 0};
+        }
     }
 
     std::size_t tasks_;

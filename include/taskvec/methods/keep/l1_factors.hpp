@@ -6,6 +6,7 @@
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/methods/passes.hpp>
+#include <taskvec/methods/task_rows.hpp>
 #include <taskvec/methods/walk.hpp>
 
 #include <cstddef>
@@ -32,24 +33,6 @@ struct magnitude_terms {
     [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
     {
         return from_bits(magnitude_of(load_wide<bytes>(x + i)));
-    }
-};
-
-/// Entries as a keep rule sees them, outside of a merge.
-template <arithmetic_element A, int bytes>
-struct ruled_entries {
-    using number = A;
-    using pack = taskvec::pack<A, bytes>;
-    using words = typename pack::words;
-    using mask = typename pack::mask;
-    std::uint64_t place; ///< in the concatenation of all tensors; all of a pack lie on one side of what a rule asks for
-    const signed_word<A>* drawn; ///< the rule's words of these entries; null where it draws none
-
-    [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t end) const noexcept { return place < end; }
-    [[nodiscard]] TASKVEC_INLINE words draws(std::size_t) const noexcept
-    {
-        using lanes = typename taskvec::detail::vector_of<signed_word<A>, bytes>::anywhere;
-        return {*reinterpret_cast<const lanes*>(drawn)};
     }
 };
 
