@@ -97,6 +97,7 @@
 #include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/methods/merge_on_read.hpp>
 #include <taskvec/methods/method.hpp>
 #include <taskvec/methods/model_stock.hpp>
 #include <taskvec/methods/multi_slerp.hpp>
@@ -124,6 +125,7 @@
 #include <taskvec/models/overflow_guard.hpp>
 #include <taskvec/models/row_conversions.hpp>
 #include <taskvec/models/selected_rows.hpp>
+#include <taskvec/models/stored_elements.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 #include <taskvec/models/weight_layout.hpp>
 #include <taskvec/reuse/parameter_count.hpp>

@@ -19183,6 +19183,87 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/models/stored_elements.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_STORED_ELEMENTS_HPP)
+#define TASKVEC_SINGLE_MODELS_STORED_ELEMENTS_HPP
+// Tensors that are worked out, as the words that a file would store of them.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Elements [offset, offset + count) of a source as they are stored in dtype `stored`, rounded to nearest even where
+/// that is narrower. `out` has room for them, and is aligned to them. Throws dtype_mismatch for what is no storage
+/// type.
+inline void read_stored(const operand_source& from, dtype stored, std::uint64_t offset, std::size_t count, void* out)
+{
+    if (from.type() == stored) {
+        from.read(offset, count, out);
+        return;
+    }
+    const auto narrowed = [&]<class A>(A) {
+        std::array<A, block_size> values;
+        const auto& conversion = conversions_between<A, storage_types>.of(stored, "operand", true);
+        for (std::size_t at = 0; at < count; at += block_size) {
+            const std::size_t n = std::min(block_size, count - at);
+            from.read(offset + at, n, values.data());
+            conversion.narrow(values.data(), static_cast<std::byte*>(out) + byte_count(stored, at), n);
+        }
+    };
+    from.type() == dtype::f64 ? narrowed(double{}) : narrowed(float{});
+}
+
+/// The type that operand_source::read() gives elements of a dtype in.
+[[nodiscard]] constexpr dtype read_type(dtype stored) noexcept
+{
+    return stored == dtype::f64 ? dtype::f64 : dtype::f32;
+}
+
+/// Stored words as elements of read_type(stored).
+inline void widen_stored(dtype stored, const void* words, std::size_t count, void* out)
+{
+    if (stored == dtype::f64) {
+        (void)conversions_between<double, storage_types>.of(stored, "operand").widen(words, static_cast<double*>(out), count);
+    }
+    else {
+        (void)conversions_between<float, storage_types>.of(stored, "operand").widen(words, static_cast<float*>(out), count);
+    }
+}
+
+/// Elements of a source as they come back once they have been stored.
+class rounded_source final : public operand_source {
+public:
+    /// Of `from`, which outlives this.
+    rounded_source(const operand_source& from, dtype stored)
+        : from_(&from)
+        , stored_(stored)
+    { }
+    [[nodiscard]] dtype type() const noexcept override { return read_type(stored_); }
+    [[nodiscard]] unsigned stored_bits() const noexcept override { return from_->stored_bits(); }
+    void prepare(const cpu& policy) const override { from_->prepare(policy); }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        std::array<double, block_size> words;
+        for (std::size_t at = 0; at < count; at += block_size) {
+            const std::size_t n = std::min(block_size, count - at);
+            read_stored(*from_, stored_, offset + at, n, words.data());
+            widen_stored(stored_, words.data(), n, static_cast<std::byte*>(out) + byte_count(type(), at));
+        }
+    }
+
+private:
+    const operand_source* from_;
+    dtype stored_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_MODELS_STORED_ELEMENTS_HPP
+
 #include <algorithm>
 #include <charconv>
 #include <cstddef>
@@ -19206,7 +19287,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
 ///                   extents, the block hashes in order
 ///     fingerprint   XXH64 of: number of tensors, the tensor hashes in the order of the names' bytes
 ///
-/// A quantised layer counts as the F32 tensor that it stands for.
+/// A tensor that is worked out (a quantised layer is F32) counts as if it were stored in its dtype.
 ///
 /// Tensors must be contiguous host memory of any dtype and alignment. The value does not depend on the policy, on the
 /// order of tensors in a file, or on how they are spread over shards.
@@ -19217,7 +19298,8 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const std::byte* data;
         std::size_t size;
         const operand_source* source;
-        std::uint64_t first; ///< of the elements that are decoded
+        taskvec::dtype stored;
+        std::uint64_t first; ///< of the elements that are worked out
     };
     std::pmr::vector<block> blocks(memory_of(policy));
     std::uint64_t total = 0;
@@ -19229,9 +19311,9 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const std::size_t bytes = tensor.bytes(name);
         const auto* data = static_cast<const std::byte*>(tensor.data);
         for (std::size_t at = 0; at < bytes; at += fingerprint_block) {
-            const bool decoded = tensor.source != nullptr;
-            blocks.push_back({decoded ? nullptr : data + at, std::min(fingerprint_block, bytes - at), tensor.source,
-                at / sizeof(float)});
+            const bool worked_out = tensor.source != nullptr;
+            blocks.push_back({worked_out ? nullptr : data + at, std::min(fingerprint_block, bytes - at), tensor.source,
+                tensor.dtype, worked_out ? at / byte_count(tensor.dtype, 1) : 0});
         }
         total += bytes;
     }
@@ -19242,11 +19324,12 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const block& part = blocks[index];
         if (part.source) {
             constexpr std::size_t piece = 65536;
-            std::pmr::vector<float> values(std::min(piece, part.size / sizeof(float)), memory_of(policy));
-            for (std::size_t at = 0; at < part.size / sizeof(float); at += piece) {
-                const std::size_t n = std::min(piece, part.size / sizeof(float) - at);
-                part.source->read(part.first + at, n, values.data());
-                hash.update(values.data(), n * sizeof(float));
+            const std::size_t width = byte_count(part.stored, 1), size = part.size / width;
+            std::pmr::vector<std::byte> words(std::min(piece, size) * width, memory_of(policy));
+            for (std::size_t at = 0; at < size; at += piece) {
+                const std::size_t n = std::min(piece, size - at);
+                detail::read_stored(*part.source, part.stored, part.first + at, n, words.data());
+                hash.update(words.data(), n * width);
             }
         }
         else {
@@ -19303,14 +19386,14 @@ inline constexpr std::size_t sketch_bytes = 4096;
         for (const auto extent : tensor.shape) { number(static_cast<std::uint64_t>(extent)); }
         const std::size_t bytes = tensor.bytes(label);
         if (tensor.source) {
-            const std::size_t edge = sketch_bytes / sizeof(float), size = bytes / sizeof(float);
-            std::vector<float> values(std::min(size, 2 * edge));
-            if (size <= 2 * edge) { tensor.source->read(0, size, values.data()); }
+            const std::size_t width = byte_count(tensor.dtype, 1), edge = sketch_bytes / width, size = bytes / width;
+            std::vector<std::byte> words(std::min(size, 2 * edge) * width);
+            if (size <= 2 * edge) { detail::read_stored(*tensor.source, tensor.dtype, 0, size, words.data()); }
             else {
-                tensor.source->read(0, edge, values.data());
-                tensor.source->read(size - edge, edge, values.data() + edge);
+                detail::read_stored(*tensor.source, tensor.dtype, 0, edge, words.data());
+                detail::read_stored(*tensor.source, tensor.dtype, size - edge, edge, words.data() + sketch_bytes);
             }
-            whole.update(values.data(), values.size() * sizeof(float));
+            whole.update(words.data(), words.size());
             continue;
         }
         const std::string_view content(static_cast<const char*>(tensor.data), bytes);

@@ -3,6 +3,7 @@
 #include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/della.hpp>
+#include <taskvec/methods/merge_on_read.hpp>
 #include <taskvec/methods/ram.hpp>
 #include <taskvec/methods/sce.hpp>
 #include <taskvec/methods/ties.hpp>

@@ -7,6 +7,7 @@
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/fisher.hpp>
 #include <taskvec/methods/karcher.hpp>
+#include <taskvec/methods/merge_on_read.hpp>
 #include <taskvec/methods/model_stock.hpp>
 #include <taskvec/methods/multi_slerp.hpp>
 #include <taskvec/methods/nearswap.hpp>

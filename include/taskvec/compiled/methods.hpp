@@ -2,12 +2,24 @@
 // own merges with it. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/fwd.hpp>
+
+#include <memory>
 #include <span>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+template <class Options>
+std::vector<std::unique_ptr<operand_source>> merge_sources(
+    const cpu& policy, const Options& options, const aligned_models& models); // methods/merge_on_read.hpp
+} // namespace taskvec::inline TASKVEC_ABI::detail
 
 /// The merges of a method of models of any storage types.
 #define TASKVEC_COMPILED_MODEL_MERGE(EXTERN, OPTIONS)                                                                  \
     EXTERN template merge_report detail::merge_storing<storage_types, OPTIONS>(                                        \
-        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);
+        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);                                              \
+    EXTERN template std::vector<std::unique_ptr<operand_source>> detail::merge_sources<OPTIONS>(                       \
+        const cpu&, const OPTIONS&, const aligned_models&);
 
 /// The same, and those of flat views of one of the types that models come in.
 #define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \

@@ -5,7 +5,7 @@
 #include <taskvec/core/hash.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
-#include <taskvec/models/operand_source.hpp>
+#include <taskvec/models/stored_elements.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -30,7 +30,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
 ///                   extents, the block hashes in order
 ///     fingerprint   XXH64 of: number of tensors, the tensor hashes in the order of the names' bytes
 ///
-/// A quantised layer counts as the F32 tensor that it stands for.
+/// A tensor that is worked out (a quantised layer is F32) counts as if it were stored in its dtype.
 ///
 /// Tensors must be contiguous host memory of any dtype and alignment. The value does not depend on the policy, on the
 /// order of tensors in a file, or on how they are spread over shards.
@@ -41,7 +41,8 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const std::byte* data;
         std::size_t size;
         const operand_source* source;
-        std::uint64_t first; ///< of the elements that are decoded
+        taskvec::dtype stored;
+        std::uint64_t first; ///< of the elements that are worked out
     };
     std::pmr::vector<block> blocks(memory_of(policy));
     std::uint64_t total = 0;
@@ -53,9 +54,9 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const std::size_t bytes = tensor.bytes(name);
         const auto* data = static_cast<const std::byte*>(tensor.data);
         for (std::size_t at = 0; at < bytes; at += fingerprint_block) {
-            const bool decoded = tensor.source != nullptr;
-            blocks.push_back({decoded ? nullptr : data + at, std::min(fingerprint_block, bytes - at), tensor.source,
-                at / sizeof(float)});
+            const bool worked_out = tensor.source != nullptr;
+            blocks.push_back({worked_out ? nullptr : data + at, std::min(fingerprint_block, bytes - at), tensor.source,
+                tensor.dtype, worked_out ? at / byte_count(tensor.dtype, 1) : 0});
         }
         total += bytes;
     }
@@ -66,11 +67,12 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const block& part = blocks[index];
         if (part.source) {
             constexpr std::size_t piece = 65536;
-            std::pmr::vector<float> values(std::min(piece, part.size / sizeof(float)), memory_of(policy));
-            for (std::size_t at = 0; at < part.size / sizeof(float); at += piece) {
-                const std::size_t n = std::min(piece, part.size / sizeof(float) - at);
-                part.source->read(part.first + at, n, values.data());
-                hash.update(values.data(), n * sizeof(float));
+            const std::size_t width = byte_count(part.stored, 1), size = part.size / width;
+            std::pmr::vector<std::byte> words(std::min(piece, size) * width, memory_of(policy));
+            for (std::size_t at = 0; at < size; at += piece) {
+                const std::size_t n = std::min(piece, size - at);
+                detail::read_stored(*part.source, part.stored, part.first + at, n, words.data());
+                hash.update(words.data(), n * width);
             }
         }
         else {
@@ -127,14 +129,14 @@ inline constexpr std::size_t sketch_bytes = 4096;
         for (const auto extent : tensor.shape) { number(static_cast<std::uint64_t>(extent)); }
         const std::size_t bytes = tensor.bytes(label);
         if (tensor.source) {
-            const std::size_t edge = sketch_bytes / sizeof(float), size = bytes / sizeof(float);
-            std::vector<float> values(std::min(size, 2 * edge));
-            if (size <= 2 * edge) { tensor.source->read(0, size, values.data()); }
+            const std::size_t width = byte_count(tensor.dtype, 1), edge = sketch_bytes / width, size = bytes / width;
+            std::vector<std::byte> words(std::min(size, 2 * edge) * width);
+            if (size <= 2 * edge) { detail::read_stored(*tensor.source, tensor.dtype, 0, size, words.data()); }
             else {
-                tensor.source->read(0, edge, values.data());
-                tensor.source->read(size - edge, edge, values.data() + edge);
+                detail::read_stored(*tensor.source, tensor.dtype, 0, edge, words.data());
+                detail::read_stored(*tensor.source, tensor.dtype, size - edge, edge, words.data() + sketch_bytes);
             }
-            whole.update(values.data(), values.size() * sizeof(float));
+            whole.update(words.data(), words.size());
             continue;
         }
         const std::string_view content(static_cast<const char*>(tensor.data), bytes);

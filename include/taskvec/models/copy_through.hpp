@@ -4,36 +4,29 @@
 
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/sink.hpp>
-#include <taskvec/core/storage.hpp>
 #include <taskvec/models/aligned_models.hpp>
+#include <taskvec/models/stored_elements.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 
-/// Writes a tensor that is decoded, as numbers of the output's dtype.
+/// Writes a tensor that is worked out, as numbers of the output's dtype.
 inline void decode_through(
     const cpu& policy, const copied_tensor& tensor, dtype type, tensor_sink& out, progress_meter& meter)
 {
     constexpr std::size_t piece = 65536;
+    const operand_source& from = *tensor.source.source;
     const std::size_t size = tensor.source.size();
-    const auto write = [&]<class T, class A>(std::type_identity<T>, A) {
-        for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
-            const std::size_t n = std::min(piece, size - i * piece);
-            std::pmr::vector<A> values(n, memory_of(policy));
-            std::pmr::vector<storage_word<T>> words(n, memory_of(policy));
-            tensor.source.source->read(i * piece, n, values.data());
-            for (std::size_t k = 0; k < n; ++k) { words[k] = narrow_word<T>(values[k]); }
-            out.write(tensor.output, i * piece * sizeof(T), words.data(), n * sizeof(T));
-            if (!meter.advance(n * sizeof(A))) { raise<cancelled>(error_code::cancelled); }
-        });
-    };
-    visit_storage(type, tensor.name, [&]<class T>(std::type_identity<T> as) {
-        tensor.source.source->type() == dtype::f64 ? write(as, double{}) : write(as, float{});
+    for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
+        const std::size_t n = std::min(piece, size - i * piece);
+        std::pmr::vector<std::byte> words(byte_count(type, n), memory_of(policy));
+        read_stored(from, type, i * piece, n, words.data());
+        out.write(tensor.output, byte_count(type, i * piece), words.data(), words.size());
+        if (!meter.advance(byte_count(from.type(), n))) { raise<cancelled>(error_code::cancelled); }
     });
 }
 
