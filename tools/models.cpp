@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <set>
 #include <tuple>
@@ -206,27 +205,6 @@ bool computes(taskvec::dtype type)
 }
 
 using aligned_operand = taskvec::aligned_tensor::operand;
-
-/// Whether `count` elements from `first` on are the same bytes, as stored or, of quantised layers, as decoded.
-bool same_elements(const aligned_operand& a, const aligned_operand& b, std::size_t first, std::size_t count)
-{
-    if (a.source == b.source && a.data == b.data) { return true; }
-    if (a.dtype != b.dtype || (a.source != nullptr) != (b.source != nullptr)) { return false; }
-    if (!a.source) {
-        if (!a.data || !b.data) { return false; }
-        const auto from = taskvec::byte_count(a.dtype, first);
-        return std::memcmp(a.data + from, b.data + from, taskvec::byte_count(a.dtype, count)) == 0;
-    }
-    constexpr std::size_t piece = 65536;
-    std::vector<float> left(std::min(count, piece)), right(left.size());
-    for (std::size_t at = 0; at < count; at += piece) {
-        const auto n = std::min(piece, count - at);
-        a.source->read(first + at, n, left.data());
-        b.source->read(first + at, n, right.data());
-        if (std::memcmp(left.data(), right.data(), n * sizeof(float)) != 0) { return false; }
-    }
-    return true;
-}
 
 /// Without a base the first task's tensors are merged with those of all others.
 void check_all_have(const std::vector<taskvec::const_model_ref>& tasks, const taskvec::model_options& options)

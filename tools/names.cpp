@@ -11,8 +11,11 @@
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/json.hpp>
 #include <taskvec/formats/name_pattern.hpp>
+#include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <set>
@@ -105,13 +108,6 @@ taskvec::const_model_ref under_names(const taskvec::const_model_ref& model, cons
     return result;
 }
 
-bool same_bytes(
-    const taskvec::aligned_tensor::operand& a, const taskvec::aligned_tensor::operand& b, std::size_t elements)
-{
-    return a.dtype == b.dtype && a.source == b.source
-        && (a.data == b.data || (a.data && b.data && std::memcmp(a.data, b.data, a.bytes(elements)) == 0));
-}
-
 std::vector<std::string> names_of(const taskvec::const_model_ref& model)
 {
     std::vector<std::string> names;
@@ -129,8 +125,11 @@ std::string list_of(const std::vector<prefix_match::change>& changes,
 
 bool same_bytes(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_ref& b)
 {
-    return a.dtype == b.dtype && a.shape == b.shape && a.source == b.source
-        && (a.source || a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
+    const auto operand_of = [](const taskvec::const_tensor_ref& tensor) {
+        return taskvec::aligned_tensor::operand{
+            static_cast<const std::byte*>(tensor.data), tensor.dtype, tensor.source};
+    };
+    return a.shape == b.shape && same_elements(operand_of(a), operand_of(b), 0, a.size());
 }
 
 /// The embedding of a model whose shape a tensor has, where there is just one of that kind. `any_rows`: the head is
@@ -521,6 +520,27 @@ bool has_own_head(const taskvec::const_model_ref& model)
     });
 }
 
+bool same_elements(const taskvec::aligned_tensor::operand& a, const taskvec::aligned_tensor::operand& b,
+    std::uint64_t first, std::size_t count)
+{
+    if (a.dtype != b.dtype) { return false; }
+    if ((a.source == b.source && a.data == b.data) || count == 0) { return true; }
+    if (!a.source && !b.source) {
+        const auto from = taskvec::byte_count(a.dtype, first);
+        return a.data && b.data && std::memcmp(a.data + from, b.data + from, taskvec::byte_count(a.dtype, count)) == 0;
+    }
+    if (!a.source || !b.source || a.source->type() != b.source->type()) { return false; }
+    constexpr std::size_t piece = 4096;
+    std::vector<double> left(piece), right(piece); // or floats
+    for (std::size_t at = 0; at < count; at += piece) {
+        const auto n = std::min(piece, count - at);
+        a.source->read(first + at, n, left.data());
+        b.source->read(first + at, n, right.data());
+        if (std::memcmp(left.data(), right.data(), taskvec::byte_count(a.source->type(), n)) != 0) { return false; }
+    }
+    return true;
+}
+
 std::vector<std::pair<std::size_t, std::size_t>> shared_matrices(const taskvec::aligned_models& models)
 {
     std::vector<const taskvec::aligned_tensor*> firsts;
@@ -532,9 +552,9 @@ std::vector<std::pair<std::size_t, std::size_t>> shared_matrices(const taskvec::
             }
             const auto first = std::find_if(firsts.begin(), firsts.end(), [&](const taskvec::aligned_tensor* other) {
                 return tensor.shape == other->shape && tensor.output_dtype == other->output_dtype
-                    && same_bytes(tensor.base, other->base, tensor.size)
+                    && same_elements(tensor.base, other->base, 0, tensor.size)
                     && std::equal(tensor.tasks.begin(), tensor.tasks.end(), other->tasks.begin(), other->tasks.end(),
-                        [&](const auto& a, const auto& b) { return same_bytes(a, b, tensor.size); });
+                        [&](const auto& a, const auto& b) { return same_elements(a, b, 0, tensor.size); });
             });
             if (first == firsts.end()) { firsts.push_back(&tensor); }
             else {

@@ -10,6 +10,7 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <set>
@@ -93,6 +94,10 @@ struct prefix_match {
 [[nodiscard]] bool is_head(std::string_view name);
 /// Whether a model has a head that is not its embedding.
 [[nodiscard]] bool has_own_head(const taskvec::const_model_ref& model);
+/// Whether `count` elements from `first` on are the same: of one dtype, with the same bytes as they are stored, or as
+/// what works them out gives them. Cost: reads of both up to where they differ; none where both are one place.
+[[nodiscard]] bool same_elements(const taskvec::aligned_tensor::operand& a, const taskvec::aligned_tensor::operand& b,
+    std::uint64_t first, std::size_t count);
 /// Heads and embeddings that are one matrix under several names in the base and in every task: the outputs of each
 /// further name and of the first. Cost: one comparison of the bytes.
 [[nodiscard]] std::vector<std::pair<std::size_t, std::size_t>> shared_matrices(const taskvec::aligned_models& models);

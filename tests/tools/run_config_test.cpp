@@ -724,6 +724,47 @@ TEST_CASE("adapters on any model, and on the base, are what fuse stores in F32")
     has(m.refusal("merge_method: linear\nmodels: [{model: a+nowhere}, {model: b}]\n"), "there is no model 'nowhere'");
 }
 
+TEST_CASE("models in F64 with adapters on them are merged as F64")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    constexpr std::size_t side = 40; // more entries than are compared at a time
+    const std::string name = "layers.0.attn.weight";
+    const auto values_of = [](int step) {
+        std::vector<double> values(side * side);
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            values[i] = 0.125 * static_cast<double>(static_cast<int>(i) * step % 31 - 15) + 0x1p-40;
+        }
+        return values;
+    };
+    const auto base = values_of(3), tuned = values_of(7);
+    for (const auto& [folder, values] : {std::pair("wide", &base), std::pair("tuned", &tuned)}) {
+        std::filesystem::create_directories(m.folder / folder);
+        const std::vector<taskvec::tensor_spec> specs{{name, taskvec::dtype::f64, {side, side}}};
+        taskvec::safetensors_writer writer(
+            m.folder / folder / "model.safetensors", specs, taskvec::metadata_map(), taskvec::durability::process);
+        writer.write(0, 0, values->data(), values->size() * sizeof(double));
+        writer.commit();
+    }
+    std::filesystem::create_directories(m.folder / "lora");
+    const std::string module = "base_model.model.layers.0.attn";
+    write_values(m.folder / "lora/adapter_model.safetensors",
+        {{module + ".lora_A.weight", {taskvec::dtype::f32, {1, side}, std::vector<float>(side, 0.5F)}},
+            {module + ".lora_B.weight", {taskvec::dtype::f32, {side, 1}, std::vector<float>(side, 0.25F)}}});
+    spill(m.folder / "lora/adapter_config.json", R"({"peft_type": "LORA", "r": 1, "lora_alpha": 1})");
+    std::filesystem::remove_all(m.folder / "out");
+    m.write("merge_method: task_arithmetic\nbase_model: wide+lora\nmodels:\n  - model: tuned+lora\n"
+            "    parameters: {weight: 0.5}\n");
+    const auto done = m.run_it();
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    const auto merged = taskvec::open_model(m.folder / "out");
+    const auto found = taskvec::flat_view<double>(*merged.model().find(name), name);
+    for (std::size_t i = 0; i < base.size(); ++i) {
+        REQUIRE(found.data()[i] == 0.5 * (base[i] + tuned[i]) + 0.125); // every sum is exact
+    }
+}
+
 TEST_CASE("numbers, truths, mappings and merge keys are those of YAML 1.1 and of old configurations")
 {
     const configured m;
