@@ -15,7 +15,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <fstream>
+#include <functional>
+#include <map>
+#include <memory>
 #include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace tool {
@@ -44,6 +50,97 @@ std::vector<fs::path> inputs_of(const merge_request& request)
     }
     return paths;
 }
+
+/// Puts what lies beside the result's weights into its folder. `options`: those in force.
+void add_files(model_folder& out, const merge_request& request, const copy_request& copies, const merge_inputs& inputs,
+    const std::string& options, const taskvec::quantised_outputs& plan)
+{
+    const auto layers = layers_of_result(request);
+    const fs::path source = !copies.from.empty() ? copies.from
+        : !request.base.empty()                  ? request.base
+                                                 : inputs.arguments().front().path.string();
+    const bool untied = !layers.empty() && says_tied(source) // a head of its own, of another model than the embedding
+        && std::any_of(plan.specs.begin(), plan.specs.end(),
+            [](const taskvec::tensor_spec& spec) { return spec.name.ends_with("lm_head.weight"); });
+    add_model_files(out, copies, request.run,
+        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options, layers, untied,
+            &inputs.vocabulary()},
+        plan.specs);
+}
+
+/// A folder with what lies beside a model's weights, and their outline: a file whose tensors are holes.
+class outline_folder final : public model_folder {
+public:
+    explicit outline_folder(fs::path folder)
+        : folder_(std::move(folder))
+    {
+        fs::create_directories(folder_);
+    }
+    [[nodiscard]] const fs::path& folder() const override { return folder_; }
+    [[nodiscard]] const fs::path& place() const override { return folder_; }
+    void add_file(const std::string& name, std::string_view content) override
+    {
+        const auto path = folder_ / name;
+        fs::create_directories(path.parent_path());
+        std::ofstream file(path, std::ios::binary);
+        file << content;
+        if (!file.flush()) {
+            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_access, "cannot be written", path.string());
+        }
+    }
+    void add_file(const std::string& name, std::function<std::string()> make) override
+    {
+        add_file(name, std::string_view(make()));
+    }
+    /// `mark`: the first byte of all tensors, so that no two outlines have the same bytes.
+    void add_weights(const std::string& name, const std::vector<taskvec::tensor_spec>& specs,
+        taskvec::metadata_map metadata, unsigned char mark)
+    {
+        const auto layout = taskvec::layout_safetensors(specs, std::move(metadata));
+        const bool empty = layout.size == layout.head.size();
+        add_file(name, std::string_view(layout.head + std::string(empty ? 0 : 1, static_cast<char>(mark))));
+        fs::resize_file(folder_ / name, layout.size);
+    }
+
+private:
+    fs::path folder_;
+};
+
+void add_outline(const merge_request& request, const merge_inputs& inputs, const taskvec::quantised_outputs& plan,
+    const fs::path& folder, unsigned char mark)
+{
+    outline_folder out(folder);
+    auto copies = request.copies;
+    copies.no_card = true; // nobody reads it
+    add_files(out, request, copies, inputs, "", plan);
+    const auto& like = inputs.reference();
+    out.add_weights(
+        std::string(stem_of(like)) + ".safetensors", plan.specs, metadata_of(like.metadata(), plan.specs), mark);
+}
+
+/// A merge that is made while its result is read. Never moves: what it is made of points into it.
+class unstored_merge {
+public:
+    unstored_merge(const merge_request& request, const fs::path& folder, unsigned char mark)
+        : method_(find_method(request))
+        , inputs_(request, method_.needs_base)
+        , run_(request.run)
+    {
+        note_zero_lambda(request.run, request.options);
+        add_outline(request, inputs_, outputs_of(request, inputs_), folder, mark);
+        made_ = run_method_on_read(method_, call_of(run_.policy(), request, inputs_), model_);
+    }
+    unstored_merge(const unstored_merge&) = delete;
+    unstored_merge& operator=(const unstored_merge&) = delete;
+    [[nodiscard]] const taskvec::const_model_ref& model() const { return model_; }
+
+private:
+    const method_entry& method_;
+    merge_inputs inputs_;
+    runner run_;
+    merge_sources made_;
+    taskvec::const_model_ref model_;
+};
 
 /// A merge whose shards stay when it is killed (--resume).
 struct resumable_merge {
@@ -116,17 +213,7 @@ void run_merge(const merge_request& request)
     model_output out(request.out, plan, inputs.reference(), request.shard_size, directory,
         kept ? kept->shards.finish() : std::vector<fs::path>());
     const auto options = json_of(method.values(request.options));
-    const auto layers = layers_of_result(request);
-    const fs::path source = !request.copies.from.empty() ? request.copies.from
-        : !request.base.empty()                          ? request.base
-                                                         : inputs.arguments().front().path.string();
-    const bool untied = !layers.empty() && says_tied(source) // a head of its own, of another model than the embedding
-        && std::any_of(plan.specs.begin(), plan.specs.end(),
-            [](const taskvec::tensor_spec& spec) { return spec.name.ends_with("lm_head.weight"); });
-    add_model_files(out, request.copies, request.run,
-        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers, untied,
-            &inputs.vocabulary()},
-        plan.specs);
+    add_files(out, request, request.copies, inputs, options.dump(2), plan);
     auto merged = kept ? kept->merged : run_method(method, call, out.sink());
     out.finish();
     merged.saturated += out.saturated();
@@ -147,7 +234,7 @@ void run_merge(const merge_request& request)
     if (kept) { kept->work.remove(); }
 }
 
-void explain_merge(const merge_request& request)
+void explain_merge(const merge_request& request, const std::string& fate)
 {
     const auto& method = find_method(request);
     note_zero_lambda(request.run, request.options);
@@ -156,8 +243,8 @@ void explain_merge(const merge_request& request)
     const auto call = call_of(run.policy(), request, inputs);
     method.examine(call);
     std::string text = "would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-        + called(request, request.out) + "'\n" + describe(request, inputs) + "  options "
-        + json_of(method.values(request.options)).dump() + "\n";
+        + called(request, request.out) + "'" + (fate.empty() ? "" : ", which " + fate) + "\n"
+        + describe(request, inputs) + "  options " + json_of(method.values(request.options)).dump() + "\n";
     for (const auto& tensor : inputs.models().tensors()) {
         text += printable(tensor.name) + ": ";
         std::map<std::string, std::string> own; // the last one counts
@@ -188,44 +275,24 @@ void explain_merge(const merge_request& request)
 
 void outline_merge(const merge_request& request, const fs::path& folder, unsigned char mark)
 {
-    const auto& method = find_method(request);
-    const merge_inputs inputs(request, method.needs_base);
-    nlohmann::json header = nlohmann::json::object();
-    std::uint64_t bytes = 0;
-    for (const auto& spec : outputs_of(request, inputs).specs) {
-        const auto begin = bytes;
-        bytes += spec.bytes();
-        header[spec.name] = {{"dtype", std::string(taskvec::to_string(spec.dtype))}, {"shape", spec.shape},
-            {"data_offsets", {begin, bytes}}};
-    }
-    auto text = header.dump();
-    text.append((8 - text.size() % 8) % 8, ' ');
-    std::string start(8, '\0');
-    for (std::size_t i = 0; i < start.size(); ++i) { start[i] = static_cast<char>((text.size() >> (8 * i)) & 0xFF); }
-    fs::create_directories(folder);
-    const auto write = [&](const std::string& name, const std::string& content) {
-        std::ofstream file(folder / name, std::ios::binary);
-        file << content;
-        if (!file.flush()) {
-            taskvec::raise<taskvec::io_error>(
-                taskvec::error_code::file_access, "cannot be written", (folder / name).string());
-        }
-    };
-    write("model.safetensors", start + text + std::string(bytes > 0 ? 1 : 0, static_cast<char>(mark)));
-    fs::resize_file(folder / "model.safetensors", start.size() + text.size() + bytes);
-    const fs::path source = !request.copies.from.empty() ? fs::path(request.copies.from)
-        : !request.base.empty()                          ? fs::path(request.base)
-                                                         : inputs.arguments().front().path;
-    for (const auto* name : {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}) {
-        std::error_code ignored;
-        if (fs::is_regular_file(source / name, ignored)) { fs::copy_file(source / name, folder / name); }
-    }
-    if (request.copies.from.empty()) {
-        for (const auto& [name, content] : inputs.vocabulary().tokenizer_files(request.run)) {
-            if (content) { write(name, *content); }
-        }
-    }
-    if (request.copies.chat_template) { write("chat_template.jinja", *request.copies.chat_template); }
+    const merge_inputs inputs(request, find_method(request).needs_base);
+    add_outline(request, inputs, outputs_of(request, inputs), folder, mark);
+}
+
+std::string why_stored(const merge_request& request)
+{
+    const auto* const method = method_named(request.method);
+    if (request.run.device != "cpu") { return "--device " + request.run.device + " reads stored models"; }
+    if (method && !method->run_on_read) { return "--method " + method->name + " writes whole tensors"; }
+    if (request.dtype == "keep") { return "layers that are quantised again need all their numbers"; }
+    return "";
+}
+
+std::shared_ptr<const taskvec::const_model_ref> merge_unstored(
+    const merge_request& request, const fs::path& folder, unsigned char mark)
+{
+    const auto merge = std::make_shared<const unstored_merge>(request, folder, mark);
+    return {merge, &merge->model()};
 }
 
 } // namespace tool

@@ -221,6 +221,22 @@ taskvec::merge_report run_method(const method_entry& method, const method_call& 
     return method.run(call, sharing);
 }
 
+merge_sources run_method_on_read(const method_entry& method, const method_call& call, taskvec::const_model_ref& merged)
+{
+    taskvec::const_model_ref apart;
+    auto made = method.run_on_read(call, apart);
+    std::map<std::size_t, std::size_t> first_of;
+    for (const auto& [further, first] : shared_matrices(call.models)) { first_of[further] = first; }
+    const auto& outputs = call.models.outputs();
+    merged = {};
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+        const auto first = first_of.find(i);
+        const auto& name = outputs[first == first_of.end() ? i : first->second].name;
+        merged.insert(outputs[i].name, *apart.find(name));
+    }
+    return made;
+}
+
 const std::vector<method_entry>& all_methods()
 {
     static const bool sorted = [] {

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -75,12 +76,20 @@ void check_usage(const std::function<void()>& check);
 
 /// What merge does with a request.
 void run_merge(const merge_request& request);
-/// Says what it would do for each tensor.
-void explain_merge(const merge_request& request);
+/// Says what it would do for each tensor. `fate`: what becomes of the result, where that is not written to --out.
+void explain_merge(const merge_request& request, const std::string& fate = "");
 /// Puts what a merge's result would look like into a new folder, so that merges that take it are explained: its
-/// tensors' names, dtypes and shapes, in a file of holes that takes no space, and the files that tell of ties,
-/// templates and tokens. `mark`: makes the bytes others than those of the next such file.
+/// tensors' names, dtypes and shapes, in a file of holes that takes no space, and what would lie beside it. `mark`:
+/// makes the bytes others than those of the next such file.
 void outline_merge(const merge_request& request, const fs::path& folder, unsigned char mark);
+/// Why the result of a merge has to be stored before another one reads it, in words that follow a colon; empty where
+/// it need not.
+[[nodiscard]] std::string why_stored(const merge_request& request);
+/// The tensors of a merge's result, which is stored nowhere: they are worked out whenever they are read, and what is
+/// made of them is what would be made of the stored result. Puts its outline into a new folder, as outline_merge().
+/// Owns what they refer to. Throws what run_merge() throws before it writes.
+[[nodiscard]] std::shared_ptr<const taskvec::const_model_ref> merge_unstored(
+    const merge_request& request, const fs::path& folder, unsigned char mark);
 
 /// What a method is run with. `weights`: of the tasks, where they are not those of the command line; they outlive the
 /// call.
@@ -90,6 +99,9 @@ void outline_merge(const merge_request& request, const fs::path& folder, unsigne
 /// Runs a method. What is one matrix under several names in every model stays one: its further names get what the
 /// first comes out as, whatever the method draws or keeps for each tensor.
 taskvec::merge_report run_method(const method_entry& method, const method_call& call, taskvec::tensor_sink& out);
+/// The same for a method that can, whose result is worked out when it is read.
+[[nodiscard]] merge_sources run_method_on_read(
+    const method_entry& method, const method_call& call, taskvec::const_model_ref& merged);
 
 /// The part of a report that merges have in common.
 [[nodiscard]] nlohmann::ordered_json report_of(const runner& run, const merge_request& request,

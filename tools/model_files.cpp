@@ -425,7 +425,7 @@ std::string card_of(const recipe& how, const fs::path& out, const fs::path& sour
     for (const auto& model : how.models) { bytes += model.opened->data_bytes(); }
     const bool all_bytes = bytes <= fingerprinted_bytes;
     for (const auto& model : how.models) {
-        const auto opened = as_opened(*model.opened);
+        const auto opened = model.unstored ? *model.unstored : as_opened(*model.opened);
         const auto fingerprint = all_bytes ? taskvec::fingerprint(policy, opened) : taskvec::fingerprint_sketch(opened);
         text += "| " + table_cell(hub_name(model)) + " | " + model.role + " | "
             + (model.role == "base" ? std::string("") : taskvec::message(model.weight)) + " | `"
@@ -507,10 +507,11 @@ std::vector<recipe::model> recipe_models(const model_request& request, const mer
         if (std::any_of(models.begin(), models.end(), same)) { continue; }
         models.push_back({"layers of it", parse_task(part.path().string(), "a model").name, part.path(), 1, &part});
     }
+    for (auto& model : models) { model.unstored = unstored(request, model.path); }
     return models;
 }
 
-void add_model_files(model_output& out, const copy_request& copies, const run_options& run, const recipe& how,
+void add_model_files(model_folder& out, const copy_request& copies, const run_options& run, const recipe& how,
     const std::vector<taskvec::tensor_spec>& specs, const std::string& weights)
 {
     const auto& folder = out.folder();

@@ -31,6 +31,7 @@ struct recipe {
         fs::path path;
         double weight = 1;
         const taskvec::checkpoint* opened = nullptr;
+        const taskvec::const_model_ref* unstored = nullptr; ///< the tensors, where `opened` is only their outline
     };
     std::string done; ///< "Merged by ties", say
     std::string method;
@@ -47,7 +48,7 @@ struct recipe {
 /// (or --copy-from), brought up to date, and the card, which is made while the output finishes: what `how` refers to
 /// stays until then. `weights`: the file that holds the tensors, where it is not
 /// called as a model's is, so that an index leads to it.
-void add_model_files(model_output& out, const copy_request& copies, const run_options& run, const recipe& how,
+void add_model_files(model_folder& out, const copy_request& copies, const run_options& run, const recipe& how,
     const std::vector<taskvec::tensor_spec>& specs, const std::string& weights = "");
 
 /// Throws io_error where a dry run's output would not fit on the disk.

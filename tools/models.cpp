@@ -129,11 +129,12 @@ void add_index_option(command& verb, std::string& index)
         "strict or lenient: shards that hold other tensors than their index says (default: strict)");
 }
 
-taskvec::checkpoint open_noted(
-    const fs::path& path, const run_options& run, const std::string& index, const std::vector<name_rule>& rules)
+taskvec::checkpoint open_noted(const fs::path& path, const run_options& run, const std::string& index,
+    const std::vector<name_rule>& rules, const taskvec::const_model_ref* instead)
 {
     auto model = open_guarded(path, index == "lenient" ? taskvec::index_check::lenient : taskvec::index_check::strict);
     for (const auto& text : model.notes()) { note(run, text); }
+    if (instead) { model.set_model(*instead); }
     if (!rules.empty()) { check_readable(model, {}, false); } // its parts would go by other names than their layer
     if (!rules.empty()) { model.set_model(renamed(model.model(), rules, in_quotes(path), run)); }
     return model;
@@ -308,7 +309,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
 /// A model, or what is put together in its place.
 taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::path& path, const std::string& key)
 {
-    auto model = open_noted(path, request.run, request.index, rules_of(request, key));
+    auto model = open_noted(path, request.run, request.index, rules_of(request, key), unstored(request, path));
     if (model.model().empty()) {
         taskvec::raise<taskvec::format_error>(taskvec::error_code::file_tensors,
             "holds no tensors: name the file or directory that holds the model's weights", path.string());
@@ -331,7 +332,7 @@ taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::p
             if (!from && one.path() == part.path) { from = &one.model(); }
         }
         if (!from) {
-            parts_.push_back(open_noted(part.path, request.run, request.index));
+            parts_.push_back(open_noted(part.path, request.run, request.index, {}, unstored(request, part.path)));
             check(parts_.back());
             from = &parts_.back().model();
         }
@@ -357,7 +358,8 @@ void merge_inputs::add_adapter(const model_request& request, const task_argument
                 .may_untie = false},
             request.run));
     weights_.push_back(1);
-    tasks_.push_back(open_noted(request.base, request.run, request.index, rules_of(request, "")));
+    tasks_.push_back(
+        open_noted(request.base, request.run, request.index, rules_of(request, ""), unstored(request, request.base)));
 }
 
 /// A model with an adapter on it: tensors that the adapter changes are worked out as they are read.
@@ -795,6 +797,12 @@ taskvec::aligned_models beside_base(
     options.on_nonfinite = taskvec::nonfinite::propagate;
     options.output.reset();
     return {inputs.base() ? &inputs.base_model() : nullptr, {&merged.model(), 1}, options};
+}
+
+const taskvec::const_model_ref* unstored(const model_request& request, const fs::path& path)
+{
+    const auto place = request.unstored.find(path.string());
+    return place == request.unstored.end() ? nullptr : place->second.get();
 }
 
 std::string called(const model_request& request, const std::string& path)

@@ -60,7 +60,11 @@ struct model_request {
     copy_request copies;
     run_options run;
     std::map<std::string, std::string> called; ///< what paths are called in what is said, where not by themselves
+    /// Models that are stored nowhere, by the paths under which their outlines lie (unstored_merge).
+    std::map<std::string, std::shared_ptr<const taskvec::const_model_ref>> unstored;
 };
+/// What stands for the tensors in the file of a path that is only a model's outline; nullptr for others.
+[[nodiscard]] const taskvec::const_model_ref* unstored(const model_request& request, const fs::path& path);
 /// What a path is called in what is said.
 [[nodiscard]] std::string called(const model_request& request, const std::string& path);
 
@@ -77,9 +81,10 @@ void add_overflow_option(command& verb, std::string& overflow);
 [[nodiscard]] taskvec::overflow overflow_of(const std::string& word);
 /// Adds --index.
 void add_index_option(command& verb, std::string& index);
-/// open_guarded() as --index says, under the names that rules give; notes what there is to know.
-[[nodiscard]] taskvec::checkpoint open_noted(
-    const fs::path& path, const run_options& run, const std::string& index, const std::vector<name_rule>& rules = {});
+/// open_guarded() as --index says, under the names that rules give; notes what there is to know. `instead`: the
+/// tensors, where the file's are not what is meant (unstored()).
+[[nodiscard]] taskvec::checkpoint open_noted(const fs::path& path, const run_options& run, const std::string& index,
+    const std::vector<name_rule>& rules = {}, const taskvec::const_model_ref* instead = nullptr);
 /// Throws invalid_argument for a pattern of an option that matches none of the names. `whose`: "of 'base'".
 void check_patterns(const std::vector<std::string>& patterns, const std::string& option,
     const std::vector<std::string>& names, const std::string& what);

@@ -67,8 +67,25 @@ private:
 /// What the files of a model are called by: transformers' or diffusers' word.
 [[nodiscard]] std::string_view stem_of(const taskvec::checkpoint& model);
 
+/// The directory of a model that is being written, for what lies beside its weights.
+class model_folder {
+public:
+    model_folder() = default;
+    model_folder(const model_folder&) = delete;
+    model_folder& operator=(const model_folder&) = delete;
+    virtual ~model_folder() = default;
+    /// Where its files are written, under its temporary name where it is new; empty where there is none.
+    [[nodiscard]] virtual const fs::path& folder() const = 0;
+    /// What folder() will be called.
+    [[nodiscard]] virtual const fs::path& place() const = 0;
+    /// A file beside the weights, by its name below the directory; it takes its name with them.
+    virtual void add_file(const std::string& name, std::string_view content) = 0;
+    /// The same of content that is made while the weights go to disk, on another thread.
+    virtual void add_file(const std::string& name, std::function<std::string()> make) = 0;
+};
+
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
-class model_output {
+class model_output : public model_folder {
 public:
     /// `like`: whose metadata the result has, and whose names of files (diffusers'), in a directory.
     /// `plan`: what the file holds of the tensors that sink() is given; it is kept by reference. `shard_size`: empty
@@ -76,20 +93,18 @@ public:
     /// they lie already; then nothing goes to sink().
     model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::checkpoint& like,
         const std::string& shard_size, bool directory = false, const std::vector<fs::path>& finished = {});
-    /// The directory that the weights are written to, under its temporary name where it is new; empty for a file.
-    [[nodiscard]] const fs::path& folder() const { return folder_; }
+    /// Empty for a file.
+    [[nodiscard]] const fs::path& folder() const override { return folder_; }
     /// Makes `folder`, which will be called `place`, the one for add_file(), of a model that is a file in it.
     void set_folder(const fs::path& folder, const fs::path& place)
     {
         folder_ = folder;
         place_ = place;
     }
-    /// What folder() will be called.
-    [[nodiscard]] const fs::path& place() const { return place_.empty() ? path_ : place_; }
-    /// A file beside the weights, by its name below the directory; it takes its name with them.
-    void add_file(const std::string& name, std::string_view content);
-    /// The same of content that is made while finish() waits for the disk: `make` runs beside it, on another thread.
-    void add_file(const std::string& name, std::function<std::string()> make);
+    [[nodiscard]] const fs::path& place() const override { return place_.empty() ? path_ : place_; }
+    void add_file(const std::string& name, std::string_view content) override;
+    /// `make` runs while finish() waits for the disk.
+    void add_file(const std::string& name, std::function<std::string()> make) override;
     [[nodiscard]] taskvec::tensor_sink& sink();
     /// Forces the bytes to disk; the files still have temporary names.
     void finish();

@@ -1392,8 +1392,9 @@ std::vector<std::size_t> order_of(const place& where, const std::vector<std::str
     return order;
 }
 
-/// Merges in stages: results of all documents but one lie beside the output until it is made. Explained, what they look
-/// like lies where temporary files do.
+/// Merges in stages. The result of a document that others take is worked out while they read it; of what cannot be so,
+/// it lies beside the output until that is made. What the former look like, and what all look like that are explained,
+/// lies there, or where temporary files do.
 void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, const std::vector<std::string>& names)
 {
     if (!given.request.resume.directory.empty()) {
@@ -1420,10 +1421,15 @@ void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, c
         trial.request.run.quiet = true;
         needs.push_back(read_document(trial, document, all, false));
     }
+    std::map<std::string, std::shared_ptr<const taskvec::const_model_ref>> unstored;
     for (const auto d : order_of(place(given.config), names, needs)) {
         auto stage = given;
+        stage.request.unstored = unstored;
         (void)read_document(stage, documents[d], made, true);
+        std::string fate;
+        const auto why = names[d].empty() ? "" : tool::why_stored(stage.request);
         if (!names[d].empty()) {
+            fate = why.empty() ? "is worked out while it is read" : "is stored until the last merge is done: " + why;
             made[names[d]] = all[names[d]];
             stage.request.out = all[names[d]].string();
             stage.request.run.report.clear();
@@ -1432,14 +1438,18 @@ void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, c
         for (const auto& [name, path] : made) {
             stage.request.called[path.string()] = stage.request.called[path.string() + "/"] = name;
         }
-        if (!given.explain) {
-            tool::run_merge(stage.request);
+        const auto mark = static_cast<unsigned char>(made.size());
+        if (given.explain) {
+            tool::explain_merge(stage.request, fate);
+            if (names[d].empty()) { continue; }
+            stage.request.run.quiet = true; // all is said
+            tool::outline_merge(stage.request, all[names[d]], mark);
             continue;
         }
-        tool::explain_merge(stage.request);
-        if (!names[d].empty()) {
-            stage.request.run.quiet = true; // all is said
-            tool::outline_merge(stage.request, all[names[d]], static_cast<unsigned char>(made.size()));
+        if (!fate.empty()) { tool::note(stage.request.run, "'" + names[d] + "' " + fate); }
+        if (names[d].empty() || !why.empty()) { tool::run_merge(stage.request); }
+        else {
+            unstored[all[names[d]].string()] = tool::merge_unstored(stage.request, all[names[d]], mark);
         }
     }
 }

@@ -8,6 +8,8 @@
 
 #include <chrono>
 #include <fstream>
+#include <limits>
+#include <random>
 #include <tuple>
 
 using namespace tools_test;
@@ -951,4 +953,202 @@ TEST_CASE("the configurations that the fuzzer of run begins with are merged or r
     }
     CHECK(merged >= 4);
     CHECK(inputs >= 10);
+}
+
+namespace {
+
+/// Models of a family with a tokenizer, a tied head and a configuration each, two of them with a token more.
+struct family : configured {
+    family()
+    {
+        std::mt19937 random(31);
+        std::normal_distribution<float> normal;
+        const auto make = [&](const std::string& name, taskvec::dtype type, const std::vector<std::string>& tokens) {
+            const auto place = folder / name;
+            std::filesystem::create_directories(place);
+            const auto values = [&](std::size_t count) {
+                std::vector<float> list(count);
+                for (float& x : list) { x = rounded(type, normal(random)); }
+                return list;
+            };
+            const auto count = static_cast<std::int64_t>(tokens.size());
+            values_model model{{"model.embed_tokens.weight", {type, {count, 16}, values(tokens.size() * 16)}}};
+            for (const std::string layer : {"0", "1", "2"}) {
+                model["model.layers." + layer + ".mlp.weight"] = {type, {90, 100}, values(9000)};
+                model["model.layers." + layer + ".norm.weight"] = {type, {16}, values(16)};
+            }
+            model["lm_head.weight"] = model["model.embed_tokens.weight"];
+            write_values(place / "model.safetensors", model, {{"format", "pt"}, {"of", name}});
+            nlohmann::json vocabulary = nlohmann::json::object();
+            for (std::size_t i = 0; i < tokens.size(); ++i) { vocabulary[tokens[i]] = i; }
+            spill(place / "config.json",
+                nlohmann::json{{"model_type", "llama"}, {"num_hidden_layers", 3}, {"vocab_size", count},
+                    {"torch_dtype", type == taskvec::dtype::f32 ? "float32" : "bfloat16"}}
+                    .dump());
+            spill(place / "generation_config.json", nlohmann::json{{"of", name}}.dump());
+            spill(place / "tokenizer.json",
+                nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+                    {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
+                    .dump());
+            spill(place / "tokenizer_config.json", nlohmann::json{{"chat_template", "{{ " + name + " }}"}}.dump());
+        };
+        const std::vector<std::string> common{"a", "b", "c", "d"}, more{"c", "e", "a", "b", "d"};
+        make("base", taskvec::dtype::bf16, common);
+        make("a", taskvec::dtype::bf16, common);
+        make("b", taskvec::dtype::f32, common);
+        make("c", taskvec::dtype::bf16, common);
+        make("wide", taskvec::dtype::bf16, more);
+    }
+    /// A run of a configuration, and its error.
+    void run_to(const std::string& name, const std::string& text, std::string* said = nullptr,
+        const std::vector<std::string>& more = {}) const
+    {
+        spill(folder / "it.yml", text);
+        std::vector<std::string> words{"run", "it.yml", "--out", name};
+        words.insert(words.end(), more.begin(), more.end());
+        const auto done = run(folder, words);
+        CAPTURE(text);
+        CAPTURE(done.err);
+        REQUIRE(done.code == 0);
+        if (said) { *said = done.err; }
+    }
+    /// The files of a directory by their names; of the card no more than the models and their fingerprints.
+    [[nodiscard]] std::map<std::string, std::string> files(const std::string& name) const
+    {
+        std::map<std::string, std::string> all;
+        for (const auto& entry : std::filesystem::directory_iterator(folder / name)) {
+            auto text = slurp(entry.path());
+            if (const auto table = text.find("| model |"); table != text.npos) {
+                text = text.substr(table, text.find("\n\n", table) - table);
+            }
+            all[entry.path().filename().string()] = text;
+        }
+        return all;
+    }
+    /// What several documents give is, file for file, what they give one after the other, each stored under its name.
+    void check_as_stored(const std::vector<std::pair<std::string, std::string>>& documents) const
+    {
+        std::string all, said;
+        for (const auto& [name, text] : documents) {
+            all += (all.empty() ? "" : "---\n") + (name.empty() ? "" : "name: " + name + "\n") + text;
+        }
+        run_to("together", all, &said);
+        std::vector<std::string> stored;
+        for (const auto& [name, text] : documents) {
+            if (!name.empty()) { has(said, "taskvec: note: '" + name + "' is worked out while it is read\n"); }
+            run_to(name.empty() ? "apart" : name, text);
+            if (!name.empty()) { stored.push_back(name); }
+        }
+        const auto together = files("together"), apart = files("apart");
+        for (const auto& file : apart) {
+            CAPTURE(file.first);
+            const auto found = together.find(file.first);
+            REQUIRE(found != together.end());
+            CHECK(found->second == file.second);
+        }
+        CHECK(together.size() == apart.size());
+        CHECK(together.contains("README.md"));
+        CHECK(together.contains("generation_config.json"));
+        for (const auto& name : stored) { std::filesystem::remove_all(folder / name); }
+        std::filesystem::remove_all(folder / "together");
+        std::filesystem::remove_all(folder / "apart");
+    }
+};
+
+/// `models:` with a weight each.
+std::string weighted(const std::string& method, const std::vector<std::pair<std::string, std::string>>& models,
+    const std::string& base = "", const std::string& more = "")
+{
+    std::string text =
+        "merge_method: " + method + "\n" + (base.empty() ? "" : "base_model: " + base + "\n") + more + "models:\n";
+    for (const auto& [name, weight] : models) {
+        text += "  - {model: " + name + ", parameters: {weight: " + weight + "}}\n";
+    }
+    return text;
+}
+
+} // namespace
+
+TEST_CASE("stages that are worked out while they are read give every file that stored ones give")
+{
+    const family m;
+    if (!reads_yaml(m)) { return; }
+    const auto mixed = weighted("linear", {{"a", "0.75"}, {"c", "0.5"}});
+    // A task and a base; the dtype, configuration, template and metadata of the result are the stage's then.
+    m.check_as_stored({{"mixed", mixed}, {"", weighted("task_arithmetic", {{"mixed", "0.5"}}, "base")}});
+    m.check_as_stored({{"mixed", weighted("linear", {{"b", "0.75"}, {"a", "0.5"}}, "", "dtype: float16\n")},
+        {"", weighted("task_arithmetic", {{"a", "0.5"}, {"c", "1"}}, "mixed")}});
+    // Draws, whole models' thresholds, elections and ranks of rows, in the stage and in what takes it.
+    m.check_as_stored(
+        {{"drawn", weighted("dare_ties", {{"a", "1"}, {"b", "0.5"}}, "base", "parameters: {density: 0.4}\n")},
+            {"", weighted("ties", {{"drawn", "1"}, {"c", "0.5"}}, "base", "parameters: {density: 0.3}\n")}});
+    m.check_as_stored(
+        {{"ranked",
+             weighted("della", {{"a", "1"}, {"b", "0.5"}}, "base", "parameters: {density: 0.5, epsilon: 0.1}\n")},
+            {"", weighted("dare_linear", {{"ranked", "1"}, {"c", "0.5"}}, "base", "parameters: {density: 0.5}\n")}});
+    // A chain, a stage in two others and in the last one, values by filter.
+    m.check_as_stored({{"first", mixed},
+        {"second",
+            "merge_method: slerp\nbase_model: first\nmodels: [{model: first}, {model: b}]\n"
+            "parameters:\n  t:\n    - {filter: mlp, value: [0.2, 0.8]}\n    - value: 0.5\n"},
+        {"third", weighted("nuslerp", {{"second", "0.6"}, {"first", "0.4"}})},
+        {"",
+            weighted("breadcrumbs", {{"third", "1"}, {"first", "0.5"}, {"second", "0.25"}}, "first",
+                "parameters: {density: 0.6}\n")}});
+    // An adapter on a stage.
+    std::filesystem::create_directories(m.folder / "lora");
+    const std::string module = "base_model.model.model.layers.1.mlp";
+    write_values(m.folder / "lora/adapter_model.safetensors",
+        {{module + ".lora_A.weight", {taskvec::dtype::f32, {1, 100}, std::vector<float>(100, 0.03F)}},
+            {module + ".lora_B.weight", {taskvec::dtype::f32, {90, 1}, std::vector<float>(90, 0.7F)}}});
+    spill(m.folder / "lora/adapter_config.json", R"({"peft_type": "LORA", "r": 1, "lora_alpha": 2})");
+    m.check_as_stored({{"mixed", mixed}, {"", weighted("ties", {{"mixed+lora", "0.5"}, {"b", "1"}}, "base")}});
+    // Layers of a stage; a stage made of layers.
+    m.check_as_stored({{"mixed", mixed},
+        {"deep",
+            "merge_method: passthrough\nslices:\n  - sources: [{model: mixed, layer_range: [0, 2]}]\n"
+            "  - sources: [{model: a, layer_range: [1, 3]}]\n"},
+        {"", weighted("linear", {{"deep", "0.5"}})}});
+}
+
+TEST_CASE("stages with another vocabulary are lined up as stored ones are")
+{
+    const family m;
+    if (!reads_yaml(m)) { return; }
+    const std::string all = "tokenizer_source: union\n";
+    m.check_as_stored({{"larger", weighted("linear", {{"base", "0.5"}, {"wide", "0.5"}}, "", all)},
+        {"", weighted("task_arithmetic", {{"larger", "0.5"}, {"a", "1"}}, "base", all)}});
+    m.check_as_stored({{"larger", weighted("linear", {{"base", "0.5"}, {"wide", "0.5"}}, "", all)},
+        {"", weighted("task_arithmetic", {{"a", "0.5"}, {"wide", "1"}}, "larger", all)}});
+}
+
+TEST_CASE("stages that are worked out take no room, and what is wrong in them leaves no output")
+{
+    const family m;
+    if (!reads_yaml(m)) { return; }
+    const auto last = weighted("task_arithmetic", {{"mixed", "0.5"}}, "base");
+    std::string said;
+    m.run_to("out", "name: mixed\n" + weighted("linear", {{"a", "1"}}) + "---\n" + last, &said, {"--quiet"});
+    CHECK(said.empty());
+    std::filesystem::remove_all(m.folder / "out");
+    // Values that only the stage cannot hold.
+    auto large = read_values(m.folder / "a/model.safetensors");
+    large["model.layers.1.mlp.weight"].values[4321] = rounded(taskvec::dtype::bf16, 1e6F);
+    write_values(m.folder / "a/model.safetensors", large);
+    const auto refused = [&](const std::string& document, const std::string& because) {
+        spill(m.folder / "it.yml", "name: mixed\n" + document + "---\n" + last);
+        const auto done = run(m.folder, {"run", "it.yml", "--out", "out", "--quiet"});
+        CAPTURE(done.err);
+        CHECK(done.code == 1);
+        CHECK(is_error_line(done.err));
+        has(done.err, because);
+        CHECK_FALSE(std::filesystem::exists(m.folder / "out"));
+        for (const auto& name : m.folder.names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
+    };
+    const auto half = weighted("linear", {{"a", "1"}}, "", "dtype: float16\n");
+    refused(half, "tensor 'model.layers.1.mlp.weight' would hold infinity at index 4321");
+    m.run_to("saturated", "name: mixed\n" + half + "---\n" + last, nullptr, {"--overflow", "saturate"});
+    large["model.layers.1.mlp.weight"].values[77] = std::numeric_limits<float>::quiet_NaN();
+    write_values(m.folder / "a/model.safetensors", large);
+    refused(weighted("linear", {{"a", "1"}}), "tensor 'model.layers.1.mlp.weight' of 'a' holds NaN at index 77");
 }

@@ -52,11 +52,21 @@ void run_merge(const merge_request& request)
     (void)find_method(request);
     fuzz::expect(!request.tasks.empty() && !request.out.empty(), "a request without tasks or output");
 }
-void explain_merge(const merge_request& request)
+void explain_merge(const merge_request& request, const std::string&)
 {
     run_merge(request);
 }
 void outline_merge(const merge_request&, const fs::path&, unsigned char) { }
+std::string why_stored(const merge_request&)
+{
+    return "";
+}
+std::shared_ptr<const taskvec::const_model_ref> merge_unstored(
+    const merge_request& request, const fs::path&, unsigned char)
+{
+    run_merge(request);
+    return std::make_shared<const taskvec::const_model_ref>();
+}
 
 scratch_directory::scratch_directory(const fs::path& parent)
     : path_(parent / "scratch")

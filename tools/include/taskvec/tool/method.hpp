@@ -10,7 +10,7 @@
 
 #include <taskvec/core/csv.hpp>
 #include <taskvec/core/option_text.hpp>
-#include <taskvec/methods/by_tensor.hpp>
+#include <taskvec/methods/merge_on_read.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -83,6 +83,12 @@ struct method_call {
         of_tasks_in{}; ///< of a tensor; empty: all have the same
 };
 
+/// What a merge lives on that is made when its result is read.
+struct merge_sources {
+    std::unique_ptr<attachment> beside{};
+    std::vector<std::unique_ptr<taskvec::operand_source>> sources{};
+};
+
 /// What a method says beside its table. All of it may be left out.
 template <class Options>
 struct method_details {
@@ -114,6 +120,8 @@ struct method_entry {
     std::function<std::vector<taskvec::option_description>(const option_values&)> values;
     std::function<void(const method_call&)> examine;
     std::function<taskvec::merge_report(const method_call&, taskvec::tensor_sink&)> run;
+    /// Makes a model whose tensors are worked out when they are read (merge_on_read()); empty where the method cannot.
+    std::function<merge_sources(const method_call&, taskvec::const_model_ref&)> run_on_read{};
 };
 void add_method(method_entry entry);
 
@@ -206,26 +214,40 @@ public:
             const auto held = attach ? attach(call, options) : nullptr;
             const auto merged = [&] {
                 if (call.on_device) { return merge_on_device(typeid(Options), &options, call, out); }
-                if (!call.values_of && !call.weights_of && !call.of_tasks_in) {
-                    return taskvec::merge(call.policy, options, call.models, out);
-                }
-                const auto of = [&](std::string_view tensor) {
-                    auto its = options;
-                    if (call.values_of) { apply_options(its, call.values_of(tensor)); }
-                    if (call.weights_of) { set_weights(its, call.weights_of(tensor)); }
-                    set_of_tasks(its, call.of_tasks_in ? call.of_tasks_in(tensor) : call.of_tasks);
-                    return its;
-                };
+                if (same_in_all(call)) { return taskvec::merge(call.policy, options, call.models, out); }
+                const auto of = [&](std::string_view tensor) { return options_in(call, options, tensor); };
                 return taskvec::merge_by_tensor<Options>(call.policy, of, call.models, out);
             };
             auto report = merged();
             if (held) { report.beside += held->bytes_read(); }
             return report;
         };
+        if constexpr (taskvec::merges_on_read<Options>) {
+            entry.run_on_read = [attach](const method_call& call, taskvec::const_model_ref& merged) {
+                auto options = options_of_call(call);
+                merge_sources made{attach ? attach(call, options) : nullptr};
+                const auto of = [&](std::string_view tensor) { return options_in(call, options, tensor); };
+                made.sources = same_in_all(call)
+                    ? taskvec::merge_on_read(call.policy, options, call.models, merged)
+                    : taskvec::merge_on_read_by_tensor<Options>(call.policy, of, call.models, merged);
+                return made;
+            };
+        }
         add_method(std::move(entry));
     }
 
 private:
+    [[nodiscard]] static bool same_in_all(const method_call& call)
+    {
+        return !call.values_of && !call.weights_of && !call.of_tasks_in;
+    }
+    [[nodiscard]] static Options options_in(const method_call& call, Options its, std::string_view tensor)
+    {
+        if (call.values_of) { apply_options(its, call.values_of(tensor)); }
+        if (call.weights_of) { set_weights(its, call.weights_of(tensor)); }
+        set_of_tasks(its, call.of_tasks_in ? call.of_tasks_in(tensor) : call.of_tasks);
+        return its;
+    }
     static Options options_of_call(const method_call& call)
     {
         Options options{};
