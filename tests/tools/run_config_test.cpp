@@ -252,9 +252,12 @@ TEST_CASE("filters and gradients give each tensor the number that mergekit gives
     const std::map<std::string, float> factors{{"embed.weight", 1.0f}, {"norm.weight", 1.0f},
         {"layers.0.attn.weight", 0.0f}, {"layers.1.attn.weight", 1.0f}, {"layers.2.attn.weight", 0.5f},
         {"layers.0.mlp.weight", 1.0f}, {"layers.1.mlp.weight", 0.125f}, {"layers.2.mlp.weight", 0.0f}};
-    for (const auto& [name, factor] : factors) {
+    for (const auto& one : factors) {
+        const auto& name = one.first;
         CAPTURE(name);
-        for (std::size_t i = 0; i < 42; ++i) { REQUIRE(found.at(name).values[i] == factor * m.a.at(name).values[i]); }
+        for (std::size_t i = 0; i < 42; ++i) {
+            REQUIRE(found.at(name).values[i] == one.second * m.a.at(name).values[i]);
+        }
     }
     const auto explained = m.run_it({"--explain"});
     CHECK(explained.code == 0);
