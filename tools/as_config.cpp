@@ -163,9 +163,17 @@ private:
     {
         out_ << YAML::Key << "models" << YAML::Value << YAML::BeginSeq;
         std::set<std::string> seen{request_.base};
+        if (tasks_.size() > words_.most) {
+            cannot_say(counted(tasks_.size(), "task") + " of " + request_.method + " beside a base",
+                "give one of them as --base");
+        }
         for (std::size_t t = 0; t < tasks_.size(); ++t) {
             const auto& text = request_.tasks[t];
             const auto path = tasks_[t].path.string();
+            if (request_.adapters.contains(text) && tasks_[t].weight != 1) {
+                cannot_say(taskvec::message(taskvec::csv_number(tasks_[t].weight), " times the update of '", path, "'"),
+                    "store the model first (taskvec fuse --adapter " + text + ") and give it as --task");
+            }
             const auto name = request_.adapters.contains(text) ? request_.base + "+" + path : path;
             if (!seen.insert(name).second) { cannot_say("'" + path + "' twice", "give each model once"); }
             out_ << YAML::BeginMap << YAML::Key << "model" << YAML::Value << name;

@@ -37,7 +37,8 @@ const std::vector<mergekit_method>& mergekit_methods()
             {"della", "della", base::required, {weight, density, spread, lambda, averaged, rescale_drawn}, true},
             {"della_linear", "della-linear", base::required, {weight, density, spread, lambda, divided, rescale_drawn},
                 true},
-            {"arcee_fusion", "arcee-fusion", base::required}, {"slerp", "slerp", base::required, {t}},
+            {.theirs = "arcee_fusion", .ours = "arcee-fusion", .most = 1},
+            {.theirs = "slerp", .ours = "slerp", .parameters = {t}, .most = 1},
             {"nuslerp", "nuslerp", base::optional,
                 {weight,
                     {.name = "nuslerp_row_wise",
@@ -51,24 +52,23 @@ const std::vector<mergekit_method>& mergekit_methods()
                         .type = kind::truth,
                         .on = "tensors",
                         .off = "",
-                        .unless = "tensors"}}}, // the last that is set counts
+                        .unless = "tensors"}}, // the last that is set counts
+                false, 2, 2},
             {"multislerp", "multi-slerp", base::optional,
                 {weight, {.name = "normalize_weights", .row = "normalized", .type = kind::truth}}},
             {"karcher", "karcher", base::input,
                 {{.name = "max_iter", .row = "steps", .type = kind::whole_number},
                     {.name = "tol", .row = "tolerance"}}},
             {"model_stock", "model-stock", base::required,
-                {{.name = "filter_wise",
-                    .row = "angles-between",
-                    .type = kind::truth,
-                    .on = "rows",
-                    .off = "tensors"}}},
-            {"nearswap", "nearswap", base::required, {t}},
+                {{.name = "filter_wise", .row = "angles-between", .type = kind::truth, .on = "rows", .off = "tensors"}},
+                false, 2},
+            {.theirs = "nearswap", .ours = "nearswap", .parameters = {t}, .most = 1},
             {"sce", "sce", base::required, {{.name = "select_topk", .row = "density"}}, true},
             {"ram", "ram", base::required, {epsilon}},
             {"ramplus_tl", "ram-plus", base::required,
                 {epsilon, {.name = "r", .row = "r"}, {.name = "alpha", .row = "alpha"}}, true},
-            {"passthrough", "passthrough", base::input, {{.name = "scale", .row = "scale", .of = scope::input}}}};
+            {"passthrough", "passthrough", base::input, {{.name = "scale", .row = "scale", .of = scope::input}}, false,
+                1, 1}};
     }();
     return list;
 }

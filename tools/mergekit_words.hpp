@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,7 @@ struct mergekit_method {
     base takes = base::required;
     std::vector<mergekit_parameter> parameters{};
     bool semantics = false; ///< its table has presets
+    std::size_t fewest = 1, most = 1000; ///< models that it takes beside the base
 };
 /// All that both have.
 [[nodiscard]] const std::vector<mergekit_method>& mergekit_methods();

@@ -525,6 +525,15 @@ TEST_CASE("what no configuration can say is refused before anything is written")
     CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--density", "0.1,0.2"}), "layers"));
     CHECK(has(refused({"--method", "average", "--base", "base", "--task", "a", "--task", "b"}), "--base"));
     CHECK(has(refused({"--method", "task-arithmetic", "--base", "base", "--task", "a", "--task", "a"}), "twice"));
+    CHECK(has(refused({"--method", "slerp", "--base", "base", "--task", "a", "--task", "b"}), "2 tasks of slerp"));
+    std::filesystem::create_directories(m.folder / "lora");
+    write_values(m.folder / "lora/adapter_model.safetensors",
+        {{"base_model.model.layers.0.mlp.lora_A.weight", {taskvec::dtype::f32, {1, 7}, std::vector<float>(7, 0.5F)}},
+            {"base_model.model.layers.0.mlp.lora_B.weight",
+                {taskvec::dtype::f32, {6, 1}, std::vector<float>(6, 0.5F)}}});
+    spill(m.folder / "lora/adapter_config.json", R"({"peft_type": "LORA", "r": 1, "lora_alpha": 1})");
+    CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--task-adapter", "lora=0.5"}),
+        "0.5 times the update of 'lora'"));
 }
 
 TEST_CASE("options of taskvec's own in a configuration are checked as mergekit's are")
