@@ -35,6 +35,32 @@ model_view layers_of_result(const merge_request& request)
     return view == request.views.end() ? model_view() : view->second;
 }
 
+/// Which layers a tensor of slices is merged of, in words; empty where there are no slices.
+std::string layers_behind(const merge_request& request, std::string_view tensor)
+{
+    std::vector<std::string> keys = request.tasks;
+    if (!request.base.empty()) { keys.insert(keys.begin(), ""); }
+    const auto layer = layer_of(tensor);
+    std::string text;
+    for (const auto& key : keys) {
+        const auto view = request.views.find(key);
+        if (view == request.views.end() || view->second.empty()) { continue; }
+        const auto& parts = view->second;
+        std::string whose = called(request, (stands_before_layers(tensor) ? parts.front() : parts.back()).path);
+        std::size_t begin = 0;
+        for (const auto& part : parts) {
+            const auto count = part.last - part.first;
+            if (layer && layer->second >= begin && layer->second - begin < count) {
+                whose =
+                    taskvec::message("layer ", layer->second - begin + part.first, " of ", called(request, part.path));
+            }
+            begin += count;
+        }
+        text += (text.empty() ? "" : ", ") + whose;
+    }
+    return text;
+}
+
 /// What the result is made of, as far as the request names it.
 std::vector<fs::path> inputs_of(const merge_request& request)
 {
@@ -267,6 +293,7 @@ void explain_merge(const merge_request& request, const std::string& fate)
                 parts += (parts.empty() ? "" : ", ") + name + " of task " + std::to_string(t + 1) + " " + value;
             }
         }
+        if (const auto layers = layers_behind(request, tensor.name); !layers.empty()) { text += layers + ": "; }
         text += (parts.empty() ? "as the options say" : parts) + "\n";
     }
     for (const auto& tensor : inputs.models().copied()) { text += printable(tensor.name) + ": copied\n"; }

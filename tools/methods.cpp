@@ -525,6 +525,12 @@ nlohmann::ordered_json report_of(const runner& run, const merge_request& request
                 if (!value.by_tensor) { entry[value.name] = std::strtod(value.text.c_str(), nullptr); }
             }
         }
+        if (const auto view = request.views.find(task.text); view != request.views.end()) {
+            entry["layers"] = nlohmann::ordered_json::array(); // of the result, in order
+            for (const auto& part : view->second) {
+                entry["layers"].push_back({{"path", part.path}, {"first", part.first}, {"last", part.last}});
+            }
+        }
         if (inputs.models().filled()[t] > 0) { entry["missing"] = inputs.models().filled()[t]; }
         entry["kept"] = kept[t];
         entry["conflicting"] =

@@ -828,6 +828,14 @@ std::string describe(const model_request& request, const merge_inputs& inputs, o
         line("task", inputs.tasks()[t],
             inputs.arguments()[t].weight == 1 ? "" : taskvec::message("  weight ", inputs.arguments()[t].weight));
     }
+    for (const auto& part : inputs.parts()) {
+        const auto same = [&](const taskvec::checkpoint& model) { return model.path() == part.path(); };
+        if ((inputs.base() && same(*inputs.base()))
+            || std::any_of(inputs.tasks().begin(), inputs.tasks().end(), same)) {
+            continue;
+        }
+        line("layers of", part, "");
+    }
     const auto copied = inputs.models().copied().size();
     text += "  " + counted(inputs.models().tensors().size(), "tensor") + " of "
         + counted(inputs.models().elements(), "element") + " take part";

@@ -1164,3 +1164,22 @@ TEST_CASE("stages that are worked out take no room, and what is wrong in them le
     write_values(m.folder / "a/model.safetensors", large);
     refused(weighted("linear", {{"a", "1"}}), "tensor 'model.layers.1.mlp.weight' of 'a' holds NaN at index 77");
 }
+
+TEST_CASE("--explain and reports of slices name the layers that each tensor is merged of")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.write("merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n"
+            "  - sources: [{model: b, layer_range: [1, 3]}]\n");
+    const auto explained = m.run_it({"--explain"});
+    CHECK(explained.code == 0);
+    has(explained.out, "\nlayers.1.mlp.weight: layer 1 of a: ");
+    has(explained.out, "\nlayers.2.mlp.weight: layer 1 of b: ");
+    has(explained.out, "\nembed.weight: a: ");
+    has(explained.out, "\nnorm.weight: b: ");
+    has(explained.out, "  layers of  b  ");
+    CHECK(m.run_it({"--report", "report.json"}).code == 0);
+    const auto report = nlohmann::json::parse(slurp(m.folder / "report.json"));
+    CHECK(report["tasks"][0]["layers"]
+        == nlohmann::json::parse(R"([{"path": "a", "first": 0, "last": 2}, {"path": "b", "first": 1, "last": 3}])"));
+}
