@@ -79,6 +79,35 @@ bool belongs_beside_as_folder(const std::string& name)
     return name == "additional_chat_templates" || (digits != name.npos && digits > 0 && name[digits] == '_');
 }
 
+using named_files = std::vector<std::pair<std::string, fs::path>>;
+
+/// Puts the tokenizer of one directory in place of another's among files to be copied; returns the names of its files.
+std::set<std::string> take_tokenizer(named_files& files, const fs::path& source, const fs::path& whose)
+{
+    static const std::string templates = "additional_chat_templates";
+    const auto of = [](const fs::path& directory) {
+        named_files found;
+        for (const auto& file : tokenizer_files_in(directory)) { found.emplace_back(file.filename().string(), file); }
+        std::error_code ignored;
+        for (fs::directory_iterator it(directory / templates, ignored), end; !ignored && it != end;
+            it.increment(ignored)) {
+            std::error_code unread;
+            if (it->is_regular_file(unread)) {
+                found.emplace_back(templates + "/" + it->path().filename().string(), it->path());
+            }
+        }
+        return found;
+    };
+    std::set<std::string> left_out, names;
+    for (const auto& [name, file] : of(source)) { left_out.insert(name); }
+    std::erase_if(files, [&](const auto& one) { return left_out.contains(one.first); });
+    for (auto& one : of(whose)) {
+        names.insert(one.first);
+        files.push_back(std::move(one));
+    }
+    return names;
+}
+
 std::string torch_name(taskvec::dtype type)
 {
     switch (type) {
@@ -562,9 +591,11 @@ void add_model_files(model_folder& out, const copy_request& copies, const run_op
                 }
             }
         }
+        std::set<std::string> of_another; // what is not from `source`
+        if (!copies.tokenizer_from.empty()) { of_another = take_tokenizer(files, source, copies.tokenizer_from); }
         std::sort(files.begin(), files.end());
         std::map<std::string, std::optional<std::string>> tokenizer;
-        if (how.vocabulary && how.vocabulary->changed()) {
+        if (how.vocabulary && how.vocabulary->changed() && copies.tokenizer_from.empty()) {
             if (copies.from.empty()) { tokenizer = how.vocabulary->tokenizer_files(run); }
             else {
                 note(run,
@@ -610,7 +641,7 @@ void add_model_files(model_folder& out, const copy_request& copies, const run_op
                 for (const auto& key : dropped) { note(run, name + ": " + key + " is left out: its token is no more"); }
             }
             if (name == "hf_quant_config.json" && !is_quantised(specs)) { continue; }
-            if (in_place && updated.empty()) { continue; }
+            if (in_place && updated.empty() && !of_another.contains(name)) { continue; }
             out.add_file(name, updated.empty() ? text : updated);
         }
         if (files.empty()) {

@@ -33,6 +33,7 @@ struct copy_request {
     std::string from;
     bool no_copy = false, copy_code = false, no_card = false;
     std::optional<std::string> chat_template{}; ///< that of the result's tokenizer
+    std::string tokenizer_from{}; ///< whose tokenizer the result has, where it is not that of the other files
 };
 
 /// Layers [first, last) of a model.

@@ -386,6 +386,7 @@ public:
         , document_(document)
         , stages_(others)
         , stages_are_there_(there)
+        , copies_are_given_(!given.request.copies.from.empty())
     { }
 
     void read()
@@ -1080,18 +1081,31 @@ private:
         const auto& reference = request().base.empty() ? slices_.front().inputs.front().path : request().base;
         const auto first = content(reference);
         if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
+        if (request().vocabulary != "error") {
+            where_.fail(one->key, "'" + one->name + "' is given, and --vocabulary as well; expected one of them");
+        }
         bool same = first.has_value(), all_have = same;
+        std::optional<decltype(tool::token_table::ids)> ids;
+        std::set<std::string> seen;
         const auto look = [&](const input& model) {
+            if (!seen.insert(model.path).second) { return; }
             const auto its = content(model.path);
-            same = same && its == first;
             all_have = all_have && its.has_value();
+            same = same && its.has_value();
+            if (!same || its == first) { return; } // settings may differ where tokens do not
+            if (!ids) { ids = tool::read_tokens(path(reference) / "tokenizer.json").ids; }
+            same = tool::read_tokens(path(model.path) / "tokenizer.json").ids == *ids;
         };
         for (const auto& part : slices_) {
             for (const auto& model : part.inputs) { look(model); }
             if (part.base) { look(*part.base); }
         }
         if (source) { look(*source); }
-        if (same && !rules) { return; }
+        if (same && !rules) {
+            request().vocabulary = "base"; // rows that pad may differ
+            if (source) { take_tokenizer(*source); }
+            return;
+        }
         const std::string what = "'" + one->name + ": " + shown(word) + "'";
         if (!all_have) {
             where_.fail(one->key, what + ": tokens are told apart by tokenizer.json, and not every model has one");
@@ -1117,6 +1131,14 @@ private:
         }
         request().vocabulary = the_first || same ? "base" : "union";
         request().rows_of_tokens = std::move(rules);
+    }
+
+    /// The result has the tokenizer of this model, whose tokens are those of all.
+    void take_tokenizer(const input& source)
+    {
+        std::error_code ignored;
+        if (copies_are_given_ || !tool::fs::is_directory(source.path, ignored)) { return; }
+        request().copies.tokenizer_from = source.path;
     }
 
     /// The models in the order of vocabulary_input: the base of the merge first, where it has one.
@@ -1293,6 +1315,7 @@ private:
     YAML::Node at_method_;
     std::vector<slice> slices_; ///< one where there are none: the whole
     std::map<std::string, std::size_t> layers_; ///< how many a model has, by path
+    bool copies_are_given_; ///< --copy-from
 };
 
 /// Reads a document into a request. Errors of wrong values in the file are no wrong usage.
@@ -1490,6 +1513,7 @@ const tool::register_verb run_verb(25, "run", "Merge as a mergekit configuration
         "mergekit or paper: whose definition of a method to follow (default: what the configuration says under "
         "'taskvec', and mergekit)");
     verb.flag("--explain", given->explain, "Say what would be done for each tensor, and write nothing");
+    tool::add_vocabulary_option(verb, given->request.vocabulary);
     tool::add_nonfinite_option(verb, given->request.nonfinite);
     tool::add_overflow_option(verb, given->request.overflow);
     tool::add_index_option(verb, given->request.index);

@@ -1183,3 +1183,52 @@ TEST_CASE("--explain and reports of slices name the layers that each tensor is m
     CHECK(report["tasks"][0]["layers"]
         == nlohmann::json::parse(R"([{"path": "a", "first": 0, "last": 2}, {"path": "b", "first": 1, "last": 3}])"));
 }
+
+TEST_CASE("a tokenizer_source with the tokens of all gives the result its tokenizer, and rows that pad are lined up")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto give = [&](const std::string& name, float shift, int padding, const nlohmann::json& truncation) {
+        std::filesystem::create_directories(m.folder / name);
+        std::vector<float> rows{shift, 1, shift, 2, shift, 3};
+        rows.insert(rows.end(), static_cast<std::size_t>(2 * padding), 7.0F);
+        const auto count = static_cast<std::int64_t>(rows.size() / 2);
+        write_values(m.folder / name / "model.safetensors",
+            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
+        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
+        spill(m.folder / name / "tokenizer_config.json", nlohmann::json{{"eos_token", name}}.dump());
+        spill(m.folder / name / "tokenizer.json",
+            nlohmann::json{{"version", "1.0"}, {"truncation", truncation}, {"added_tokens", nlohmann::json::array()},
+                {"model", {{"type", "WordLevel"}, {"vocab", {{"x", 0}, {"y", 1}, {"z", 2}}}, {"unk_token", "x"}}}}
+                .dump());
+    };
+    give("first", 0, 0, nullptr);
+    give("second", 1, 0, {{"max_length", 64}});
+    give("padded", 1, 2, nullptr);
+    spill(m.folder / "second/chat_template.jinja", "{{ second }}");
+    const auto config = [](const std::string& model, const std::string& source) {
+        return "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - {model: " + model
+            + ", parameters: {weight: 0.5}}\n" + source;
+    };
+    const auto eos = [&] {
+        return nlohmann::json::parse(slurp(m.folder / "out/tokenizer_config.json"))["eos_token"].get<std::string>();
+    };
+    const auto plain = m.result(config("second", ""));
+    CHECK(eos() == "first");
+    CHECK(same(m.result(config("second", "tokenizer_source: second\n")), plain));
+    CHECK(eos() == "second");
+    CHECK(slurp(m.folder / "out/tokenizer.json") == slurp(m.folder / "second/tokenizer.json"));
+    CHECK(slurp(m.folder / "out/chat_template.jinja") == "{{ second }}");
+    CHECK(same(m.result(config("second", "tokenizer_source: base\n")), plain));
+    CHECK(eos() == "first");
+    (void)m.result(config("second", "tokenizer_source: second\n"), {"--copy-from", "first"});
+    CHECK(eos() == "first");
+    (void)m.result(config("second", "tokenizer: {source: second}\nchat_template: '{{ own }}'\n"));
+    CHECK(slurp(m.folder / "out/chat_template.jinja") == "{{ own }}");
+    for (const std::string source :
+        {"tokenizer_source: base\n", "tokenizer: {source: union}\n", "tokenizer_source: padded\n"}) {
+        CHECK(same(m.result(config("padded", source)), plain));
+    }
+    has(m.refusal(config("padded", "")), "--vocabulary base");
+    CHECK(same(m.result(config("padded", ""), {"--vocabulary", "base"}), plain));
+}
