@@ -1,5 +1,6 @@
 // Options whose values depend on the tensor: by patterns, and by depth.
 // SPDX-License-Identifier: Apache-2.0
+#include "mergekit_words.hpp"
 #include "methods.hpp"
 #include "words.hpp"
 
@@ -7,9 +8,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdlib>
+#include <functional>
+#include <iterator>
+#include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
+#include <set>
 #include <utility>
 
 namespace tool {
@@ -73,28 +80,81 @@ double at_depth(const option_value& value, std::size_t layer, std::size_t count)
     return (1 - share) * value.numbers[left] + share * value.numbers[left + 1];
 }
 
+/// The text that a pattern of a configuration's filter stands for.
+std::string plain_text(const std::string& pattern)
+{
+    std::string text;
+    for (std::size_t i = 0; i < pattern.size(); ++i) {
+        if (pattern[i] == '\\' && i + 1 < pattern.size()) { ++i; }
+        text += pattern[i];
+    }
+    return text;
+}
+
+/// What tensors of the result are called in a model that gives it layers.
+class names_in_model {
+public:
+    explicit names_in_model(const model_view* view)
+    {
+        std::size_t begin = 0;
+        for (const auto& part : view ? *view : model_view()) {
+            parts_.push_back({begin, part.first});
+            begin += part.last - part.first;
+        }
+    }
+    [[nodiscard]] std::string operator()(std::string_view tensor) const
+    {
+        const auto layer = parts_.empty() ? std::nullopt : layer_of(tensor);
+        if (!layer) { return std::string(tensor); }
+        const auto after = std::upper_bound(parts_.begin(), parts_.end(), layer->second,
+            [](std::size_t at, const part& one) { return at < one.begin; });
+        const auto& mine = *(after - 1); // the first begins at 0
+        const auto end = std::min(tensor.find('.', layer->first.size()), tensor.size());
+        return layer->first + std::to_string(layer->second - mine.begin + mine.first) + std::string(tensor.substr(end));
+    }
+
+private:
+    struct part {
+        std::size_t begin = 0, first = 0; ///< of the result's layers, of the model's
+    };
+    std::vector<part> parts_;
+};
+
 /// Values by tensor, ready to be asked: how many layers there are is known, and every pattern matches something.
 class tensor_values {
 public:
-    tensor_values(const option_values& values, const taskvec::aligned_models& models, const run_options& run)
+    /// `view`: the layers of the model that has the values for itself. Filters of a configuration mean its names; those
+    /// of what all models share mean the result's. `of_model`: which options are a model's own; empty: all of them.
+    tensor_values(const option_values& values, const taskvec::aligned_models& models, const run_options& run,
+        const model_view* view = nullptr, const std::set<std::string>& of_model = {})
+        : name_in_model_(view)
     {
-        std::vector<std::string> names;
+        std::vector<std::string> names, names_in_model;
         for (const auto& tensor : models.tensors()) {
             names.push_back(tensor.name);
+            names_in_model.push_back(name_in_model_(tensor.name));
             if (const auto layer = layer_of(tensor.name)) {
                 auto& count = layers_[layer->first];
                 count = std::max(count, layer->second + 1);
             }
         }
+        std::vector<std::string> unmatched;
         for (const auto& value : values) {
             if (!value.by_tensor) { continue; }
-            if (!value.pattern.empty()) {
-                const auto matches = name_matcher({value.pattern}, value.flag);
-                if (!value.as_in_mergekit) {
+            const bool own = of_model.empty() || of_model.contains(value.name);
+            entry made{value, {}, plain_text(value.pattern), value.as_in_mergekit && own};
+            if (!value.as_in_mergekit) {
+                made.matches = name_matcher({value.pattern}, value.flag);
+                if (!value.pattern.empty()) {
                     check_patterns({value.pattern}, value.flag, names, "tensor that takes part");
                 }
-                else if (std::none_of(names.begin(), names.end(), matches)) {
-                    note(run, value.flag + ": the filter matches no tensor that takes part");
+            }
+            else if (!value.pattern.empty()) {
+                const auto& its = made.in_model ? names_in_model : names;
+                const auto has = [&](const std::string& name) { return name.find(made.text) != name.npos; };
+                if (std::none_of(its.begin(), its.end(), has)) {
+                    unmatched.push_back(value.flag + ": the filter matches no tensor that takes part");
+                    continue;
                 }
             }
             if (value.numbers.size() > 1 && layers_.empty()) {
@@ -102,7 +162,15 @@ public:
                     value.flag + " '" + value.text
                         + "' is spread over layers, and no tensor has a layer's number in its name: give one number");
             }
-            values_.push_back({value, name_matcher({value.pattern}, value.flag)});
+            (value.part ? of_parts_[value.part->first] : everywhere_).push_back(values_.size());
+            values_.push_back(std::move(made));
+        }
+        constexpr std::size_t most = 5;
+        for (std::size_t i = 0; i < std::min(most, unmatched.size()); ++i) { // what counts last is the first
+            note(run, *(unmatched.rbegin() + static_cast<std::ptrdiff_t>(i)));
+        }
+        if (unmatched.size() > most) {
+            note(run, counted(unmatched.size() - most, "more filter") + " match no tensor that takes part");
         }
     }
     [[nodiscard]] bool empty() const { return values_.empty(); }
@@ -110,11 +178,22 @@ public:
     [[nodiscard]] option_values of(std::string_view tensor) const
     {
         option_values result;
-        for (const auto& [value, matches] : values_) {
-            if (!value.pattern.empty() && !matches(tensor)) { continue; }
-            const auto layer = layer_of(tensor);
+        const auto layer = layer_of(tensor);
+        const auto in_model = name_in_model_(tensor);
+        for (const auto i : places_of(layer)) {
+            const auto& [value, matches, text, own] = values_[i];
+            if (!value.as_in_mergekit) {
+                if (!value.pattern.empty() && !matches(tensor)) { continue; }
+            }
+            else if ((own ? std::string_view(in_model) : tensor).find(text) == tensor.npos) {
+                continue;
+            }
             const auto& part = value.part;
             if (part && !part->holds(tensor)) { continue; }
+            if (value.numbers.empty()) { // a word
+                result.push_back({value.name, value.text, value.flag});
+                continue;
+            }
             double number = value.numbers.front();
             if (value.numbers.size() > 1) {
                 if (!layer && !value.as_in_mergekit) { continue; } // it has the value that all have
@@ -129,9 +208,84 @@ public:
     }
 
 private:
-    std::vector<std::pair<option_value, std::function<bool(std::string_view)>>> values_;
+    struct entry {
+        option_value value;
+        std::function<bool(std::string_view)> matches;
+        std::string text; ///< of a configuration's filter
+        bool in_model = false; ///< whose names are the model's
+    };
+    /// Which values can hold in a layer, or outside of all, in order.
+    [[nodiscard]] std::vector<std::size_t> places_of(
+        const std::optional<std::pair<std::string, std::size_t>>& layer) const
+    {
+        auto places = everywhere_;
+        const auto add = [&](const std::vector<std::size_t>& more) {
+            places.insert(places.end(), more.begin(), more.end());
+        };
+        if (layer) { // parts follow each other: it is in the last that begins before it
+            const auto after = of_parts_.upper_bound(layer->second);
+            if (after != of_parts_.begin()) { add(std::prev(after)->second); }
+        }
+        else {
+            for (const auto& one : of_parts_) {
+                const auto& mine = one.second;
+                const auto outside = [&](std::size_t i) {
+                    const auto& part = *values_[i].value.part;
+                    return part.begins || part.ends;
+                };
+                if (std::any_of(mine.begin(), mine.end(), outside)) { add(mine); }
+            }
+        }
+        std::sort(places.begin(), places.end());
+        return places;
+    }
+
+    names_in_model name_in_model_;
+    std::vector<entry> values_;
+    std::vector<std::size_t> everywhere_;
+    std::map<std::size_t, std::vector<std::size_t>> of_parts_; ///< by where they begin
     std::map<std::string, std::size_t> layers_;
 };
+
+/// The view of a model that a key of a request names; nullptr where it has none.
+const model_view* view_of(const merge_request& request, const std::string& key)
+{
+    const auto place = request.views.find(key);
+    return place == request.views.end() ? nullptr : &place->second;
+}
+
+/// What mergekit has for each model by itself, though it is the same for all of them.
+std::set<std::string> rows_of_models(const merge_request& request)
+{
+    std::set<std::string> rows{""}; // not none, which would be all
+    for (const auto& method : mergekit_methods()) {
+        if (method.ours != request.method) { continue; }
+        for (const auto& one : method.parameters) {
+            if (one.of != mergekit_parameter::scope::shared) { rows.insert(one.row); }
+        }
+    }
+    return rows;
+}
+
+/// Whether a merge divides by the sum of the weights as mergekit does.
+bool divides_as_mergekit(const merge_request& request)
+{
+    const auto* const method = method_named(request.method);
+    const auto divides = [](const taskvec::option_description& row) { return row.name == "normalize-weights"; };
+    if (!method || std::none_of(method->options.begin(), method->options.end(), divides)) { return false; }
+    bool found = false;
+    for (const auto& value : request.options) {
+        if (value.name == "semantics") { found = value.text == "mergekit"; }
+    }
+    return found;
+}
+
+/// mergekit divides by 1 where the weights of a tensor cancel.
+bool cancel(const std::vector<double>& weights)
+{
+    constexpr double nothing = 1e-8;
+    return std::abs(std::accumulate(weights.begin(), weights.end(), 0.0)) < nothing;
+}
 
 } // namespace
 
@@ -150,7 +304,9 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
     }
     method_call call{policy, inputs.models(), request.options, all, request, inputs, request.run.device == "cuda",
         static_cast<std::size_t>(request.run.memory_bytes())};
-    auto values = std::make_shared<tensor_values>(request.options, inputs.models(), request.run);
+    const auto* const first = view_of(request, request.tasks.empty() ? "" : request.tasks.front());
+    auto values =
+        std::make_shared<tensor_values>(request.options, inputs.models(), request.run, first, rows_of_models(request));
     if (!values->empty()) {
         call.values_of = [values](std::string_view tensor) { return values->of(tensor); };
     }
@@ -158,7 +314,8 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
     for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
         const auto place = request.weights.find(inputs.arguments()[t].text);
         if (place != request.weights.end()) {
-            weights.emplace_back(t, tensor_values(place->second, inputs.models(), request.run));
+            const auto* const view = view_of(request, place->first);
+            weights.emplace_back(t, tensor_values(place->second, inputs.models(), request.run, view));
         }
     }
     if (!weights.empty()) {
@@ -178,7 +335,8 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
         for (const auto& value : place->second) {
             if (!value.by_tensor) { call.of_tasks[t].push_back(value); }
         }
-        if (tensor_values more(place->second, inputs.models(), request.run); !more.empty()) {
+        const auto* const view = view_of(request, place->first);
+        if (tensor_values more(place->second, inputs.models(), request.run, view); !more.empty()) {
             own.emplace_back(t, std::move(more));
         }
     }
@@ -187,6 +345,15 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
             auto result = plain;
             for (const auto& [t, given] : own) {
                 for (auto& value : given.of(tensor)) { result[t].push_back(std::move(value)); }
+            }
+            return result;
+        };
+    }
+    if ((call.weights_of || cancel(all)) && divides_as_mergekit(request)) {
+        call.values_of = [of = call.values_of, weights_of = call.weights_of, plain = all](std::string_view tensor) {
+            auto result = of ? of(tensor) : option_values();
+            if (cancel(weights_of ? weights_of(tensor) : plain)) {
+                result.push_back({"normalize-weights", "false", "--normalize-weights"});
             }
             return result;
         };
@@ -206,7 +373,10 @@ nlohmann::ordered_json json_by_tensor(const merge_request& request)
         if (!task.empty()) { one["task"] = task; }
         if (!value.pattern.empty()) { one["pattern"] = value.pattern; }
         if (value.part) { one["layers"] = {value.part->first, value.part->last}; }
-        one["values"] = value.numbers;
+        if (value.numbers.empty()) { one["value"] = value.text; }
+        else {
+            one["values"] = value.numbers;
+        }
         list.push_back(std::move(one));
     };
     for (const auto& value : request.options) { add(value, ""); }

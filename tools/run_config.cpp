@@ -90,6 +90,7 @@ public:
     {
         if (!node.IsMap()) { where.fail(node, what + " is " + kind_of(node) + "; expected a mapping"); }
         std::set<std::string> seen;
+        taken_.insert(node.Mark().pos);
         add(where, node, what, seen, 0);
     }
     mapping(const place& where, const YAML::Node& node, const std::string& what, const std::vector<std::string>& known)
@@ -118,14 +119,13 @@ public:
 
 private:
     /// The entries of a mapping, and behind them those of mappings that it takes over (`<<: *other`), which have no say
-    /// where a key stands already.
+    /// where a key stands already: what is taken over again adds nothing.
     void add(const place& where, const YAML::Node& node, const std::string& what, std::set<std::string>& seen,
         std::size_t depth)
     {
-        constexpr std::size_t deepest = 16, most = 10000;
-        if (depth > deepest || entries_.size() > most) {
-            where.fail(node, what + " takes over too many others ('<<')");
-        }
+        constexpr std::size_t deepest = 16, most = 1000;
+        const auto too_many = [&] { where.fail(node, what + " takes over too many others ('<<')"); };
+        if (depth > deepest) { too_many(); }
         std::set<std::string> own;
         std::vector<YAML::Node> others;
         for (const auto& pair : node) {
@@ -148,12 +148,15 @@ private:
             if (!other.IsMap()) {
                 where.fail(other, "'<<' in " + what + " is " + kind_of(other) + "; expected a mapping");
             }
-            add(where, other, what, seen, depth + 1);
+            if (++others_ > most) { too_many(); }
+            if (taken_.insert(other.Mark().pos).second) { add(where, other, what, seen, depth + 1); }
         }
     }
 
     YAML::Node node_;
     std::vector<entry> entries_;
+    std::set<int> taken_; ///< where mappings begin that are in it
+    std::size_t others_ = 0; ///< that are named
 };
 
 std::string scalar_of(const place& where, const YAML::Node& node, const std::string& what)
@@ -252,6 +255,12 @@ std::vector<setting> settings_of(const place& where, const YAML::Node& node, con
             where.fail(one.value,
                 "'" + name + "' is " + (one.value.IsSequence() ? "an empty list" : kind_of(one.value))
                     + "; expected a value, a list of numbers over the layers, or a list of filters with values");
+        }
+        constexpr std::size_t most = 1000;
+        if (one.value.size() > most) {
+            where.fail(one.value,
+                taskvec::message("'", name, "' is a list of ", one.value.size(),
+                    " numbers over the layers; expected at most ", most));
         }
         for (const auto& number : one.value) {
             if (!number.IsScalar()) {
@@ -436,6 +445,9 @@ private:
 
     input read_input(const YAML::Node& node, bool slice)
     {
+        if (const auto place = inputs_read_.find(node.Mark().pos); place != inputs_read_.end()) {
+            return place->second;
+        }
         auto keys = std::vector<std::string>{"model", "parameters"};
         if (slice) { keys.insert(keys.begin() + 1, "layer_range"); }
         const mapping part(where_, node, slice ? "a source" : "a model", keys);
@@ -445,6 +457,7 @@ private:
         if (const auto given = part.find("parameters")) { made.parameters = given->value; }
         if (const auto range = part.find("layer_range")) { made.layers = range->value; }
         if (slice && !made.layers) { where_.fail(node, "'layer_range' is missing, such as [0, 32]"); }
+        inputs_read_.emplace(node.Mark().pos, made);
         return made;
     }
 
@@ -545,6 +558,10 @@ private:
     {
         constexpr std::size_t most = 1000;
         if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
+        constexpr std::size_t most_of_all = 100000; // aliases make many of few
+        if ((models_read_ += list.size()) > most_of_all) {
+            where_.fail(list, taskvec::message("there are more than ", most_of_all, " models in all slices"));
+        }
         auto& inputs = to.inputs;
         for (const auto& node : list) {
             inputs.push_back(read_input(node, layers));
@@ -564,7 +581,7 @@ private:
         std::size_t begin = 0;
         std::optional<mapping::entry> own_base;
         for (const auto& node : list) {
-            const mapping part(where_, node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
+            const auto& part = mapping_at(node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
             if (const auto one = part.find("residual_weight")) {
                 where_.fail(one->key, "'residual_weight' is not supported");
             }
@@ -786,17 +803,58 @@ private:
         tool::option_values result;
         for_all = false;
         for (const auto& level : chain) {
-            const auto given = mapping(where_, level, "parameters").find(one.name);
-            if (!given) { continue; }
-            for (const auto& part : settings_of(where_, given->value, one.name)) {
-                if (for_all) { break; } // what comes later never counts
-                auto value = value_of(one, part);
-                if (!value.text.empty() || !one.off.empty()) { result.push_back(std::move(value)); }
-                for_all = part.filter.empty();
+            if (for_all) { break; } // what comes later never counts
+            const auto& its = values_at(one, level);
+            constexpr std::size_t most = 500000, numbers = 8; // aliases make many of few
+            for (const auto& value : its.values) { values_made_ += 1 + value.numbers.size() / numbers; }
+            if (values_made_ > most) {
+                where_.fail(
+                    level, "'" + one.name + "' and other parameters have too many values over all slices and models");
             }
+            result.insert(result.end(), its.values.begin(), its.values.end());
+            for_all = its.for_all;
         }
         std::reverse(result.begin(), result.end());
         return result;
+    }
+
+    /// What one `parameters` says of a parameter, what counts most first.
+    struct values_read {
+        tool::option_values values{};
+        bool for_all = false;
+    };
+    const values_read& values_at(const tool::mergekit_parameter& one, const YAML::Node& level)
+    {
+        const std::pair key(one.name, level.Mark().pos);
+        if (const auto place = values_read_.find(key); place != values_read_.end()) { return place->second; }
+        auto& made = values_read_[key];
+        const auto given = mapping_at(level, "parameters").find(one.name);
+        if (!given) { return made; }
+        for (const auto& part : settings_of(where_, given->value, one.name)) {
+            if (made.for_all) { break; }
+            auto value = value_of(one, part);
+            if (!value.text.empty() || !one.off.empty()) { made.values.push_back(std::move(value)); }
+            made.for_all = part.filter.empty();
+        }
+        return made;
+    }
+
+    /// A mapping that aliases may give to many. Those that stand in no file are alike (without_weight).
+    const mapping& mapping_at(
+        const YAML::Node& node, const std::string& what, const std::vector<std::string>& known = {})
+    {
+        const std::pair key(what, node.Mark().pos);
+        if (const auto place = mappings_read_.find(key); place != mappings_read_.end()) { return place->second; }
+        return mappings_read_
+            .emplace(key, known.empty() ? mapping(where_, node, what) : mapping(where_, node, what, known))
+            .first->second;
+    }
+
+    /// Whether tensors may differ in it: not where two parameters are one row, and one of them leaves it as it is.
+    [[nodiscard]] static bool is_by_tensor(const tool::mergekit_parameter& one)
+    {
+        using kind = tool::mergekit_parameter::kind;
+        return one.type == kind::number || (one.type == kind::truth && !one.off.empty() && one.unless.empty());
     }
 
     tool::option_value value_of(const tool::mergekit_parameter& one, const setting& part)
@@ -901,12 +959,24 @@ private:
     {
         bool for_all = false;
         for (const auto& part : slices_) {
-            const auto values = values_of(one, chain_of(part, 0), for_all);
+            const auto chain = chain_of(part, 0);
+            const auto values = values_of(one, chain, for_all);
+            const auto filters = [](const tool::option_value& value) { return !value.pattern.empty(); };
+            if (part.part && std::any_of(values.begin(), values.end(), filters)) {
+                return true;
+            } // of the model's names
             for (std::size_t i = 1; i < part.inputs.size(); ++i) {
-                if (!same_values(values_of(one, chain_of(part, i), for_all), values)) { return true; }
+                const auto its = chain_of(part, i);
+                if (!same_scopes(its, chain) && !same_values(values_of(one, its, for_all), values)) { return true; }
             }
         }
         return false;
+    }
+
+    [[nodiscard]] static bool same_scopes(const scopes& a, const scopes& b)
+    {
+        return std::equal(
+            a.begin(), a.end(), b.begin(), b.end(), [](const YAML::Node& x, const YAML::Node& y) { return x.is(y); });
     }
 
     [[nodiscard]] static bool same_values(const tool::option_values& a, const tool::option_values& b)
@@ -933,12 +1003,13 @@ private:
     /// Values that all inputs of a slice have.
     tool::option_values values_of_inputs(const tool::mergekit_parameter& one, const slice& part, bool& for_all)
     {
-        auto values = values_of(
-            one, one.of == tool::mergekit_parameter::scope::shared ? part.parameters : chain_of(part, 0), for_all);
+        const auto chain = one.of == tool::mergekit_parameter::scope::shared ? part.parameters : chain_of(part, 0);
+        auto values = values_of(one, chain, for_all);
         if (one.of == tool::mergekit_parameter::scope::shared) { return values; }
         for (std::size_t i = 1; i < part.inputs.size(); ++i) {
             bool its_for_all = false;
-            if (!same_values(values_of(one, chain_of(part, i), its_for_all), values)) {
+            const auto its = chain_of(part, i);
+            if (!same_scopes(its, chain) && !same_values(values_of(one, its, its_for_all), values)) {
                 where_.fail(part.inputs[i].at,
                     "'" + one.name + "' of '" + part.inputs[i].name + "' is another than that of '"
                         + part.inputs.front().name + "'; one for all models is supported");
@@ -974,7 +1045,9 @@ private:
                 if (!std::count(known.begin(), known.end(), one.name)) { known.push_back(one.name); }
             }
         }
+        std::set<std::pair<int, bool>> checked; // aliases
         const auto check = [&](const YAML::Node& node, bool of_model) {
+            if (!checked.emplace(node.Mark().pos, of_model).second) { return; }
             const mapping level(where_, node, "parameters", known);
             for (const auto& one : level.entries()) {
                 const auto has = std::find_if(method_->parameters.begin(), method_->parameters.end(),
@@ -1316,6 +1389,11 @@ private:
     std::vector<slice> slices_; ///< one where there are none: the whole
     std::map<std::string, std::size_t> layers_; ///< how many a model has, by path
     bool copies_are_given_; ///< --copy-from
+    // What was read, by where it stands: aliases are read once.
+    std::map<int, input> inputs_read_;
+    std::map<std::pair<std::string, int>, mapping> mappings_read_; ///< by what they are, too
+    std::map<std::pair<std::string, int>, values_read> values_read_; ///< by the parameter's name too
+    std::size_t models_read_ = 0, values_made_ = 0;
 };
 
 /// Reads a document into a request. Errors of wrong values in the file are no wrong usage.

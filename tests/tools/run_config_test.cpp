@@ -461,6 +461,55 @@ TEST_CASE("configurations that are bombs are answered at once")
     has(m.refusal(lines), "there are more than 1000 models");
     has(m.refusal("x: " + std::string(200000, '[')), "config.yml");
     has(m.refusal(std::string(2 << 20, '#')), "more than 1 MiB");
+
+    // Mappings that take each other over again and again: what each says counts once.
+    const auto other_name = [](int i) { // of a model that is given already
+        std::string name = "a";
+        for (; i > 0; --i) { name = "./" + name; }
+        return name;
+    };
+    std::string merges = "merge_method: linear\nmodels:\n  - model: a\n    parameters: &a0 {weight: 0.5}\n",
+                plain = "merge_method: linear\nparameters: {weight: 0.5}\nmodels:\n  - model: a\n";
+    for (int i = 1; i < 13; ++i) {
+        merges += "  - model: " + other_name(i) + "\n    parameters: &a" + std::to_string(i) + " {<<: [";
+        for (int k = 0; k < 9; ++k) { merges += (k == 0 ? "*a" : ", *a") + std::to_string(i - 1); }
+        merges += "]}\n";
+        plain += "  - model: " + other_name(i) + "\n";
+    }
+    CHECK(same(m.result(merges), m.result(plain)));
+    std::string wide = "merge_method: linear\nmodels:\n  - model: a\n    parameters: &a0 {weight: 1}\n"
+                       "  - model: b\n    parameters: {<<: [*a0";
+    for (int i = 0; i < 100000; ++i) { wide += ",*a0"; }
+    has(m.refusal(wide + "]}\n"), "config.yml:6:17: parameters takes over too many others ('<<')");
+
+    // Aliases that make many values of few.
+    const auto sliced = [](const std::string& parameters, int slices, const std::string& sources) {
+        std::string text = "merge_method: passthrough\nparameters: &p " + parameters + "\nslices:\n" + sources;
+        for (int i = 0; i < slices; ++i) { text += "- {sources: *s, parameters: *p}\n"; }
+        return text;
+    };
+    const std::string source = "- sources: &s [{model: a, layer_range: [0, 1]}]\n";
+    std::string numbers = "{scale: [1", filters = "{scale: [";
+    for (int i = 0; i < 20000; ++i) { numbers += ",1"; }
+    has(m.refusal(sliced(numbers + "]}", 3000, source)),
+        "config.yml:2:24: 'scale' is a list of 20001 numbers over the layers; expected at most 1000");
+    for (int i = 0; i < 10000; ++i) { filters += "{filter: mlp, value: 1},"; }
+    has(m.refusal(sliced(filters + "{value: 1}]}", 9000, source)), "have too many values over all slices and models");
+    std::string many = "- sources: &s [";
+    for (int i = 0; i < 300; ++i) { many += "{model: " + other_name(i) + ", layer_range: [0, 1]},"; }
+    has(m.refusal(sliced("{scale: 1}", 9000, many + "]\n")), "there are more than 100000 models in all slices");
+
+    // As many filters as a file has lines: those that match nothing are counted.
+    std::string lines_of_filters =
+        "merge_method: task_arithmetic\nbase_model: base\n" + tasks + "parameters:\n  lambda:\n";
+    for (int i = 0; i < 25000; ++i) { lines_of_filters += "    - {filter: f" + std::to_string(i) + ", value: 3}\n"; }
+    m.write(lines_of_filters + "    - value: 0.5\n");
+    const auto done = m.run_it();
+    CHECK(done.code == 0);
+    has(done.err, "config.yml:10:27: lambda: the filter matches no tensor that takes part");
+    has(done.err, "24,995 more filters match no tensor that takes part");
+    CHECK(same(read_values(m.folder / "out/model.safetensors"),
+        m.result("merge_method: task_arithmetic\nbase_model: base\n" + tasks + "parameters: {lambda: 0.5}\n")));
 }
 
 TEST_CASE("a merge writes the configuration that makes it again, bit for bit")
@@ -1231,4 +1280,47 @@ TEST_CASE("a tokenizer_source with the tokens of all gives the result its tokeni
     }
     has(m.refusal(config("padded", "")), "--vocabulary base");
     CHECK(same(m.result(config("padded", ""), {"--vocabulary", "base"}), plain));
+}
+
+TEST_CASE("filters of a model's own parameters mean its names, those of shared ones the result's")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto scaled = [](const std::vector<float>& values, float factor) {
+        auto result = values;
+        for (auto& value : result) { value *= factor; }
+        return result;
+    };
+    // Layer 0 of the result is layer 1 of the models.
+    const auto source = [](const std::string& model, const std::string& more = "") {
+        return "{model: " + model + ", layer_range: [1, 3]" + more + "}";
+    };
+    const std::string half_of_1 = "[{filter: layers.1., value: 0.5}, {value: 1}]";
+    const auto weighted =
+        m.result("merge_method: linear\nparameters: {normalize: false}\nslices:\n  - sources:\n      - "
+            + source("a", ", parameters: {weight: " + half_of_1 + "}") + "\n      - "
+            + source("b", ", parameters: {weight: 0}") + "\n");
+    CHECK(weighted.at("layers.0.mlp.weight").values == scaled(m.a.at("layers.1.mlp.weight").values, 0.5F));
+    CHECK(weighted.at("layers.1.mlp.weight").values == m.a.at("layers.2.mlp.weight").values);
+    const auto own = m.result("merge_method: passthrough\nslices:\n  - sources: ["
+        + source("a", ", parameters: {scale: " + half_of_1 + "}")
+        + "]\n  - sources: [{model: b, layer_range: [0, 2]}]\n");
+    CHECK(own.at("layers.0.attn.weight").values == scaled(m.a.at("layers.1.attn.weight").values, 0.5F));
+    for (const auto& [to, from] :
+        {std::pair{"layers.2.attn.weight", "layers.0.attn.weight"}, {"layers.3.attn.weight", "layers.1.attn.weight"}}) {
+        CHECK(own.at(to).values == m.b.at(from).values);
+    }
+    CHECK(own.at("layers.1.attn.weight").values == m.a.at("layers.2.attn.weight").values);
+    const auto merged = [&](const std::string& parameters) {
+        return m.result("merge_method: breadcrumbs\nbase_model: base\nparameters: {weight: 1, gamma: 0, " + parameters
+            + "}\nslices:\n  - sources: [" + source("base") + ", " + source("a") + "]\n");
+    };
+    // A density that all models have is each one's own; nothing of layer 1 is kept.
+    const auto kept = merged("density: [{filter: layers.1., value: 0}, {value: 1}]");
+    CHECK(kept.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
+    CHECK_FALSE(kept.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
+    // A lambda is the merge's: layer 1 of the result.
+    const auto shared = merged("lambda: [{filter: layers.1., value: 0}, {value: 1}]");
+    CHECK(shared.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
+    CHECK_FALSE(shared.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
 }
