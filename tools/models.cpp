@@ -334,6 +334,13 @@ taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::p
         if (!from) {
             parts_.push_back(open_noted(part.path, request.run, request.index, {}, unstored(request, part.path)));
             check(parts_.back());
+            if (request.match_prefixes) { // one result has one name for what is the same
+                const auto match = tool::match_prefixes(parts_.back().model(), own);
+                if (!match.names.empty()) {
+                    note(request.run, "names of " + in_quotes(part.path) + ": " + match.words());
+                    parts_.back().set_model(renamed(parts_.back().model(), match));
+                }
+            }
             from = &parts_.back().model();
         }
         taken.push_back({from, part.first, part.last});

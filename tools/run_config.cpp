@@ -30,6 +30,7 @@ namespace {
 
 struct run_settings {
     std::string config, semantics; ///< whose definitions; empty: as the configuration says, mergekit's by default
+    std::string at_method; ///< where the document that was read last names its method
     bool explain = false;
     tool::merge_request request;
 };
@@ -207,9 +208,10 @@ double number_of(const place& where, const YAML::Node& node, const std::string& 
     return *value;
 }
 
-bool truth_of(const place& where, const YAML::Node& node, const std::string& what)
+/// A truth as YAML 1.1 has it. Nothing for other texts.
+std::optional<bool> parse_truth(const YAML::Node& node)
 {
-    auto text = scalar_of(where, node, what);
+    auto text = node.Scalar();
     std::transform(text.begin(), text.end(), text.begin(),
         [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
     for (const auto* word : {"true", "yes", "on"}) {
@@ -218,6 +220,13 @@ bool truth_of(const place& where, const YAML::Node& node, const std::string& wha
     for (const auto* word : {"false", "no", "off"}) {
         if (text == word) { return false; }
     }
+    return std::nullopt;
+}
+
+bool truth_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    const auto text = scalar_of(where, node, what);
+    if (const auto truth = parse_truth(node)) { return *truth; }
     if (const auto number = parse_number(node)) { return *number != 0; } // as mergekit has written them: 1.0
     where.fail(node, what + " is '" + shown(text) + "'; expected true or false");
 }
@@ -382,6 +391,38 @@ std::vector<YAML::Node> load(const std::string& config)
     return documents;
 }
 
+/// A tensor of a model's files.
+struct stored_tensor {
+    std::string name;
+    taskvec::dtype dtype{};
+    taskvec::extents shape;
+    bool quantised = false;
+};
+
+/// What transformers once stored beside the weights, and makes by itself: the end of its name, as a pattern, where a
+/// tensor is one; else empty. mergekit passes over all that its architectures do not name.
+std::string buffer_pattern(const stored_tensor& tensor)
+{
+    const auto ends = [&](const std::string& with) { return tensor.name == with || tensor.name.ends_with("." + with); };
+    for (const std::string name : {"rotary_emb.inv_freq", "embeddings.position_ids"}) {
+        if (ends(name)) { return "(^|\\.)" + escaped(name) + "$"; }
+    }
+    for (const std::string name : {"attn", "attention"}) {
+        const auto& shape = tensor.shape;
+        const bool mask = shape.size() == 4 && shape[0] == 1 && shape[1] == 1 && shape[2] == shape[3];
+        if (mask && ends(name + ".bias")) { return "(^|\\.)" + name + "\\.bias$"; }
+        if (shape.empty() && ends(name + ".masked_bias")) { return "(^|\\.)" + name + "\\.masked_bias$"; }
+    }
+    return "";
+}
+
+/// The dtype that holds the numbers of both, as PyTorch has it.
+taskvec::dtype promoted(taskvec::dtype a, taskvec::dtype b)
+{
+    if (a == b) { return a; }
+    return a == taskvec::dtype::f64 || b == taskvec::dtype::f64 ? taskvec::dtype::f64 : taskvec::dtype::f32;
+}
+
 /// Results of the other documents of a file, by their names: where they lie, or will lie.
 using stages = std::map<std::string, path>;
 
@@ -413,6 +454,10 @@ public:
         request().options.insert(request().options.end(), own.begin(), own.end());
         check_tokenizers(top);
         read_chat_template(top);
+        if (stages_are_there_ || stages_.empty()) { // looked at when all of them are
+            leave_buffers_out();
+            promote();
+        }
     }
 
     /// The other documents whose results this one takes, once it is read: where each is named first.
@@ -432,6 +477,7 @@ private:
             if (method.theirs == name) { method_ = &method; }
         }
         at_method_ = one->value;
+        given_.at_method = where_.of(one->value);
         auto ours = name; // the names of --method do as well
         std::replace(ours.begin(), ours.end(), '_', '-');
         if (const auto* entry = tool::method_named(ours); entry && !method_) {
@@ -518,9 +564,11 @@ private:
             const mapping all(where_, modules->value, "'modules'");
             if (all.entries().size() != 1 || top.find("models") || top.find("slices")) {
                 where_.fail(modules->key,
-                    all.entries().size() == 1 ? "'modules' is given beside 'models' or 'slices'; expected one of them"
-                                              : "'modules' has several of them, and one is supported: give 'models' "
-                                                "for all tensors, with filters where modules differ");
+                    all.entries().empty() ? "'modules' is empty; expected one, or 'models' instead"
+                        : all.entries().size() == 1
+                        ? "'modules' is given beside 'models' or 'slices'; expected one of them"
+                        : "'modules' has several of them, and one is supported: give "
+                          "'models' for all tensors, with filters where modules differ");
             }
             const mapping one(where_, all.entries().front().value, "a module", {"models", "slices", "parameters"});
             read_parts(one, base);
@@ -542,7 +590,10 @@ private:
         if (!models && !slices) { where_.fail(top.node(), "'models' is missing (or 'slices')"); }
         YAML::Node list(models ? models->value : slices->value);
         if (!list.IsSequence() || list.size() == 0) {
-            where_.fail(list, (models ? "'models' is " : "'slices' is ") + kind_of(list) + "; expected a list");
+            where_.fail(list,
+                std::string(models ? "'models' is " : "'slices' is ")
+                    + (list.IsSequence() ? "an empty list" : kind_of(list))
+                    + (models ? "; expected a list of models" : "; expected a list of slices"));
         }
         if (slices) { read_slices(list, base); }
         else {
@@ -614,6 +665,7 @@ private:
             begin = end;
             slices_.push_back(std::move(made));
         }
+        if (begin == 0) { where_.fail(list, "all of the slices are empty: the result would have no layer"); }
         if (whole) { // it is as if it were no slice
             slices_.front().part.reset();
             if (own_base) { base.emplace(*own_base); }
@@ -634,7 +686,8 @@ private:
         const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
         auto place = layers_.find(one.path);
         if (!stages_are_there_ && stages_.contains(one.name)) { // its layers are counted when it is
-            place = layers_.emplace(one.path, static_cast<std::size_t>(std::max(last, 0.0))).first;
+            place = layers_.try_emplace(one.path, 0).first;
+            place->second = std::max(place->second, static_cast<std::size_t>(std::clamp(last, 0.0, 1e9)));
         }
         if (place == layers_.end()) {
             try {
@@ -646,7 +699,7 @@ private:
             }
         }
         const auto count = static_cast<double>(place->second);
-        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first >= last || last > count) {
+        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first > last || last > count) {
             where_.fail(node,
                 taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ",
                     place->second, "]; expected a part of them, the end not included"));
@@ -657,6 +710,64 @@ private:
     }
 
     [[nodiscard]] bool sliced() const { return slices_.front().part.has_value(); }
+
+    /// The `parameters` of a model that only stands there.
+    [[nodiscard]] static YAML::Node without_weight()
+    {
+        YAML::Node made;
+        made["weight"] = 0;
+        return made;
+    }
+
+    /// Where slices are means of different numbers of models, further ones have no weight: models of other slices, as
+    /// far as they have so many layers.
+    void even_out()
+    {
+        std::vector<input> all;
+        std::set<std::string> known;
+        std::size_t most = 0;
+        for (const auto& part : slices_) {
+            most = std::max(most, part.inputs.size());
+            for (const auto& one : part.inputs) {
+                if (known.insert(one.path).second) { all.push_back(one); }
+            }
+        }
+        for (auto& part : slices_) {
+            if (part.inputs.empty()) { continue; }
+            const auto count = part.inputs.front().last - part.inputs.front().first;
+            while (part.inputs.size() < most) {
+                const auto other = std::find_if(all.begin(), all.end(), [&](const input& one) {
+                    const auto same = [&](const input& its) { return its.path == one.path; };
+                    return layers_[one.path] >= count && std::none_of(part.inputs.begin(), part.inputs.end(), same);
+                });
+                auto further = other == all.end() ? part.inputs.front() : *other;
+                if (other != all.end()) {
+                    further.first = 0;
+                    further.last = count;
+                }
+                further.parameters.reset();
+                further.parameters.emplace(without_weight());
+                part.inputs.push_back(std::move(further));
+            }
+        }
+    }
+
+    /// Whether the method takes so many models.
+    void check_count()
+    {
+        for (const auto& part : slices_) {
+            const auto count = part.inputs.size();
+            if (count >= method_->fewest && count <= method_->most) { continue; }
+            const std::string beside =
+                method_->takes == tool::mergekit_method::base::required ? " beside the base" : "";
+            const auto wanted = method_->most == method_->fewest ? tool::counted(method_->fewest, "model") + beside
+                : count < method_->fewest ? tool::counted(method_->fewest, "model") + beside + " or more"
+                                          : tool::counted(method_->most, "model") + beside + " at most";
+            where_.fail(count > method_->most ? part.inputs[method_->most].at : at_method_,
+                taskvec::message("merge_method '", method_->theirs, "' takes ", wanted, "; here ",
+                    count == 1 ? "is " : "are ", count));
+        }
+    }
 
     /// The bases of slices stand among their sources.
     void set_bases_of_slices(const std::optional<mapping::entry>& given)
@@ -688,13 +799,14 @@ private:
             }
             inputs.swap(others);
         }
+        if (method_->ours == "average") { even_out(); }
         const auto& first = slices_.front();
         for (const auto& one : slices_) {
             if (one.inputs.empty()) { where_.fail(at_method_, "a slice has no model beside the base"); }
             if (one.inputs.size() != first.inputs.size() || one.base.has_value() != first.base.has_value()) {
                 where_.fail(one.inputs.front().at,
                     taskvec::message("this slice merges ", tool::counted(one.inputs.size(), "model"), " and the first ",
-                        first.inputs.size(), "; expected as many in every slice"));
+                        first.inputs.size(), "; expected as many in every slice, but for merge_method 'linear'"));
             }
         }
         if (first.base) { request().base = first.base->path; }
@@ -714,6 +826,7 @@ private:
         using base = tool::mergekit_method::base;
         if (sliced()) {
             set_bases_of_slices(given);
+            check_count();
             return;
         }
         auto& inputs = slices_.front().inputs;
@@ -727,6 +840,12 @@ private:
             const auto same = [&](const input& one) { return one.path == found.path && one.adapter == found.adapter; };
             std::vector<input> others;
             std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
+            const bool weighted = !method_->parameters.empty() && method_->parameters.front().name == "weight";
+            if (others.empty() && method_->takes == base::required && weighted) { // no task vector: the base itself
+                others.push_back(inputs.front());
+                others.front().parameters.reset();
+                others.front().parameters.emplace(without_weight());
+            }
             if (method_->takes != base::input) {
                 request().base = found.path;
                 request().base_adapter = found.adapter;
@@ -737,6 +856,7 @@ private:
             }
         }
         if (inputs.empty()) { where_.fail(at_method_, "no model is left beside the base"); }
+        check_count();
     }
 
     void read_dtype(const mapping& top)
@@ -764,6 +884,147 @@ private:
             }
             request().dtype = dtype;
         }
+    }
+
+    /// The tensors of a model; none where it cannot be opened, which is said when it is merged.
+    const std::vector<stored_tensor>& tensors_of(const std::string& path)
+    {
+        const auto place = tensors_.find(path);
+        if (place != tensors_.end()) { return place->second; }
+        auto& list = tensors_[path];
+        try {
+            const bool lenient = request().index == "lenient";
+            const auto model =
+                tool::open_guarded(path, lenient ? taskvec::index_check::lenient : taskvec::index_check::strict);
+            for (const auto& [name, tensor] : model.model()) {
+                list.push_back({name, tensor.dtype, tensor.shape, tensor.source != nullptr});
+            }
+        }
+        catch (const taskvec::error&) {
+            list.clear();
+        }
+        return list;
+    }
+
+    /// The paths of all models, each once, the base first.
+    [[nodiscard]] std::vector<std::string> paths() const
+    {
+        std::vector<std::string> all;
+        std::set<std::string> seen{""};
+        const auto add = [&](const std::string& path) {
+            if (seen.insert(path).second) { all.push_back(path); }
+        };
+        add(given_.request.base);
+        for (const auto& part : slices_) {
+            if (part.base) { add(part.base->path); }
+            for (const auto& one : part.inputs) { add(one.path); }
+        }
+        return all;
+    }
+
+    /// Buffers that one model has and another lacks take no part.
+    void leave_buffers_out()
+    {
+        const auto models = paths();
+        const auto has_some = [&](const std::string& path) {
+            const auto& list = tensors_of(path);
+            return std::any_of(
+                list.begin(), list.end(), [](const stored_tensor& one) { return !buffer_pattern(one).empty(); });
+        };
+        if (std::none_of(models.begin(), models.end(), has_some)) { return; }
+        struct kind_of_buffer {
+            std::string first;
+            std::set<std::string> models{};
+        };
+        std::map<std::string, kind_of_buffer> found;
+        each_tensor([&](const std::string& path, const std::string& name, const stored_tensor& tensor) {
+            const auto kind = buffer_pattern(tensor);
+            if (!kind.empty()) { found.try_emplace(kind, kind_of_buffer{name}).first->second.models.insert(path); }
+        });
+        for (const auto& [kind, what] : found) {
+            if (what.models.size() == models.size()) { continue; }
+            request().exclude.push_back(kind);
+            tool::note(request().run,
+                "'" + what.first + "' and its like are not in every model and are no weights: they take no part");
+        }
+    }
+
+    /// Calls `f` with the path of each model, and each of its tensors that is in the result, under the name there.
+    template <class Function>
+    void each_tensor(const Function& f)
+    {
+        const auto look = [&](const slice& part, const std::string& path, std::size_t first) {
+            for (const auto& tensor : tensors_of(path)) {
+                auto name = tensor.name;
+                if (part.part) {
+                    const auto layer = tool::layer_of(name);
+                    const auto& its = *part.part;
+                    if (layer ? layer->second < first || layer->second - first >= its.last - its.first
+                              : !its.holds(name)) {
+                        continue;
+                    }
+                    if (layer) {
+                        const auto end = std::min(name.find('.', layer->first.size()), name.size());
+                        name = layer->first + std::to_string(layer->second - first + its.first) + name.substr(end);
+                    }
+                }
+                f(path, name, tensor);
+            }
+        };
+        for (const auto& part : slices_) {
+            if (!part.part && !request().base.empty()) { look(part, request().base, 0); }
+            if (part.base) { look(part, part.base->path, part.base->first); }
+            for (const auto& one : part.inputs) { look(part, one.path, one.first); }
+        }
+    }
+
+    /// Without a dtype mergekit merges each tensor in one that holds those of all models.
+    void promote()
+    {
+        if (!request().dtype.empty()) { return; }
+        std::set<taskvec::dtype> all;
+        for (const auto& path : paths()) {
+            for (const auto& tensor : tensors_of(path)) {
+                if (tensor.quantised) { return; }
+                if (is_float(tensor.dtype)) { all.insert(tensor.dtype); }
+            }
+        }
+        if (all.size() < 2) { return; }
+        struct dtypes {
+            taskvec::dtype own, wanted;
+        };
+        std::map<std::string, dtypes> result; // by the names of the result
+        each_tensor([&](const std::string&, const std::string& name, const stored_tensor& tensor) {
+            if (!is_float(tensor.dtype)) { return; }
+            const auto [place, is_new] = result.try_emplace(name, dtypes{tensor.dtype, tensor.dtype});
+            if (!is_new) { place->second.wanted = promoted(place->second.wanted, tensor.dtype); }
+        });
+        std::set<taskvec::dtype> wanted;
+        const std::pair<const std::string, dtypes>* other = nullptr;
+        for (const auto& one : result) {
+            wanted.insert(one.second.wanted);
+            if (!other && one.second.own != one.second.wanted) { other = &one; }
+        }
+        if (!other) { return; }
+        if (wanted.size() == 1) {
+            std::string word(taskvec::to_string(*wanted.begin()));
+            tool::note(request().run,
+                "no dtype is given, and models differ in theirs: the result is " + word + ", which holds all of them");
+            std::transform(word.begin(), word.end(), word.begin(),
+                [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+            request().dtype = word;
+            return;
+        }
+        tool::note(request().run,
+            taskvec::message("no dtype is given, and models differ in theirs: '", other->first, "' is ",
+                taskvec::to_string(other->second.own), " in the result, ", taskvec::to_string(other->second.wanted),
+                " where mergekit merges; dtype or out_dtype says which"));
+    }
+
+    [[nodiscard]] static bool is_float(taskvec::dtype type)
+    {
+        using dtype = taskvec::dtype;
+        return type == dtype::f64 || type == dtype::f32 || type == dtype::f16 || type == dtype::bf16;
     }
 
     /// What stands under `taskvec`: whose definitions to follow, and options that mergekit has no word for.
@@ -862,16 +1123,26 @@ private:
         const auto flag = where_.of(part.value) + ": " + one.name;
         tool::option_value made{one.row, "", flag};
         if (one.type != tool::mergekit_parameter::kind::number) {
-            if (!part.filter.empty() || !part.value.IsScalar()) {
+            const bool truth = one.type == tool::mergekit_parameter::kind::truth;
+            const bool filters = is_by_tensor(one);
+            if (!part.value.IsScalar() || (!part.filter.empty() && !filters)) {
                 where_.fail(part.value,
-                    "'" + one.name + "' has one value for all tensors; filters and lists are not supported");
+                    "'" + one.name + "' has one value "
+                        + (filters ? "over the layers; a list of them is not supported: give filters such as layers.3."
+                                   : "for all tensors; filters and lists are not supported"));
             }
-            made.text = one.type == tool::mergekit_parameter::kind::whole_number
-                ? part.value.Scalar()
-                : one.word(truth_of(where_, part.value, one.name), given_.semantics);
+            made.text =
+                truth ? one.word(truth_of(where_, part.value, one.name), given_.semantics) : part.value.Scalar();
+            if (!part.filter.empty()) {
+                made.by_tensor = made.as_in_mergekit = true;
+                made.pattern = escaped(part.filter);
+            }
             return made;
         }
-        if (part.value.IsScalar()) { made.numbers = {number_of(where_, part.value, one.name)}; }
+        if (part.value.IsScalar()) {
+            const auto truth = parse_truth(part.value);
+            made.numbers = {truth ? (*truth ? 1.0 : 0.0) : number_of(where_, part.value, one.name)};
+        }
         for (const auto& number : part.value.IsSequence() ? part.value : YAML::Node()) {
             made.numbers.push_back(number_of(where_, number, one.name));
         }
@@ -879,6 +1150,9 @@ private:
             == "density") { // there 0 keeps nothing, and what is above 1 all; a share that is no entry does so here
             constexpr double no_entry = 1e-30;
             for (double& number : made.numbers) { number = number == 0 ? no_entry : std::min(number, 1.0); }
+        }
+        if (one.row == "gamma") { // 1 there is whatever density leaves, as is any share above that
+            for (double& number : made.numbers) { number = std::min(number, std::nextafter(1.0, 0.0)); }
         }
         for (const double number : made.numbers) {
             made.text += (made.text.empty() ? "" : ",") + taskvec::csv_number(number);
@@ -930,20 +1204,24 @@ private:
                 continue;
             }
             tool::option_values all;
-            bool all_for_all = true;
+            bool all_for_all = true, alike = one.type != tool::mergekit_parameter::kind::number;
+            std::vector<tool::option_values> of_slices;
             for (const auto& part : slices_) {
                 bool for_all = false;
-                auto values = values_of_inputs(one, part, for_all);
-                if (!for_all && one.required) { missing(one, at_method_, values, ""); }
+                of_slices.push_back(values_of_inputs(one, part, for_all));
+                if (!for_all && one.required) { missing(one, at_method_, of_slices.back(), ""); }
                 all_for_all = all_for_all && for_all;
-                if (one.type == tool::mergekit_parameter::kind::number) {
-                    add_values(all, std::move(values), part);
-                    continue;
-                }
-                if (&part == &slices_.front()) { all = std::move(values); }
-                else if (!same_values(all, values)) {
-                    where_.fail(part.inputs.front().at,
-                        "'" + one.name + "' of this slice is another than that of the first; one for all is supported");
+                alike = alike && same_values(of_slices.front(), of_slices.back());
+            }
+            if (alike) { all = std::move(of_slices.front()); }
+            else {
+                for (std::size_t p = 0; p < slices_.size(); ++p) {
+                    if (!is_by_tensor(one)) {
+                        where_.fail(slices_[p].inputs.front().at,
+                            "'" + one.name + "' is not the same in all slices; one for all is supported");
+                    }
+                    const bool number = one.type == tool::mergekit_parameter::kind::number;
+                    add_values(all, std::move(of_slices[p]), slices_[p], number);
                 }
             }
             if (!all_for_all && (mergekit || !method_->semantics) && !one.unless.empty()) {
@@ -988,11 +1266,11 @@ private:
     }
 
     /// Values that hold in a slice.
-    static void add_values(tool::option_values& to, tool::option_values values, const slice& part)
+    static void add_values(tool::option_values& to, tool::option_values values, const slice& part, bool numbers = true)
     {
         for (auto& value : values) {
             if (part.part) {
-                if (!value.by_tensor) { value.numbers = {std::strtod(value.text.c_str(), nullptr)}; }
+                if (numbers && !value.by_tensor) { value.numbers = {std::strtod(value.text.c_str(), nullptr)}; }
                 value.by_tensor = value.as_in_mergekit = true;
                 value.part = part.part;
             }
@@ -1055,6 +1333,7 @@ private:
                 const bool used = has != method_->parameters.end()
                     && !(of_model && has->of == tool::mergekit_parameter::scope::shared);
                 if (used) { continue; }
+                if (one.name == "int8_mask") { (void)truth_of(where_, one.value, one.name); }
                 if (one.name == "eps" && method_->theirs == "multislerp") { check_eps(one.value); }
                 tool::note(request().run,
                     where_.of(one.key) + ": '" + one.name + "' has no effect"
@@ -1094,15 +1373,20 @@ private:
         }
     }
 
+    /// A task's text that no other has, with the same weight of 1.
+    [[nodiscard]] std::string distinct(std::string text)
+    {
+        const auto is_given = [&] { return std::count(request().tasks.begin(), request().tasks.end(), text) > 0; };
+        if (is_given()) { text += '.'; }
+        while (is_given()) { text += '0'; }
+        return text;
+    }
+
     void add_task(std::size_t i, tool::option_values weight, tool::option_values own)
     {
         const auto& one = slices_.front().inputs[i];
         if (!one.adapter.empty()) {
-            auto text = one.adapter + "=1"; // that is the adapter's own factor
-            if (std::count(request().tasks.begin(), request().tasks.end(), text)) { text += '.'; }
-            while (std::count(request().tasks.begin(), request().tasks.end(), text)) {
-                text += '0';
-            } // on one more model
+            const auto text = distinct(one.adapter + "=1"); // that is the adapter's own factor
             const bool on_base = one.path == request().base && request().base_adapter.empty();
             request().adapters.emplace(text, on_base ? "" : one.path);
             request().tasks.push_back(text);
@@ -1116,7 +1400,8 @@ private:
             return;
         }
         const bool plain = !weight.empty() && !weight.front().by_tensor; // the first is what counts last
-        const auto text = one.path + "=" + (plain ? weight.front().text : "1");
+        const auto own_text = one.path + "=" + (plain ? weight.front().text : "1");
+        const auto text = sliced() ? distinct(own_text) : own_text;
         if (plain) { weight.erase(weight.begin()); }
         request().tasks.push_back(text);
         if (!weight.empty()) { request().weights[text] = std::move(weight); }
@@ -1394,7 +1679,25 @@ private:
     std::map<std::pair<std::string, int>, mapping> mappings_read_; ///< by what they are, too
     std::map<std::pair<std::string, int>, values_read> values_read_; ///< by the parameter's name too
     std::size_t models_read_ = 0, values_made_ = 0;
+    std::map<std::string, std::vector<stored_tensor>> tensors_; ///< by path
 };
+
+/// What is wrong with a value, with its place: that of the option that it begins with, or else the method's.
+std::string placed(const run_settings& given, const std::string& what)
+{
+    if (what.starts_with(given.config + ":")) { return what; }
+    std::string place;
+    const auto look = [&](const tool::option_value& value) {
+        if (what.starts_with(value.name + " is ") && value.flag.starts_with(given.config + ":")) {
+            place = value.flag.substr(0, value.flag.rfind(": "));
+        }
+    };
+    for (const auto& value : given.request.options) { look(value); }
+    for (const auto& [task, values] : given.request.of_tasks) {
+        for (const auto& value : values) { look(value); }
+    }
+    return (place.empty() ? given.at_method : place) + ": " + what;
+}
 
 /// Reads a document into a request. Errors of wrong values in the file are no wrong usage.
 std::map<std::string, YAML::Node> read_document(
@@ -1411,7 +1714,22 @@ std::map<std::string, YAML::Node> read_document(
             taskvec::error_code::option_value, given.config + ": " + wrong.what());
     }
     catch (const tool::usage_error& wrong) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, wrong.what());
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, placed(given, wrong.what()));
+    }
+}
+
+/// A merge, what is wrong with which is said with the place of the method where it has none of its own.
+void with_place(const run_settings& given, const std::function<void()>& merge)
+{
+    try {
+        merge();
+    }
+    catch (const taskvec::invalid_argument& wrong) {
+        using code = taskvec::error_code;
+        const bool of_values = wrong.code() == code::weights_sum_zero || wrong.code() == code::parameter_out_of_range
+            || wrong.code() == code::no_solution;
+        if (!of_values) { throw; }
+        taskvec::raise<taskvec::invalid_argument>(wrong.code(), placed(given, wrong.what()));
     }
 }
 
@@ -1566,10 +1884,7 @@ void run_config(run_settings& given)
     (void)read_document(given, documents.front(), {}, true);
     auto& out = given.request.out;
     if (!out.ends_with('/')) { out += '/'; }
-    if (given.explain) { tool::explain_merge(given.request); }
-    else {
-        tool::run_merge(given.request);
-    }
+    with_place(given, [&] { given.explain ? tool::explain_merge(given.request) : tool::run_merge(given.request); });
 }
 
 #else
@@ -1591,7 +1906,12 @@ const tool::register_verb run_verb(25, "run", "Merge as a mergekit configuration
         "mergekit or paper: whose definition of a method to follow (default: what the configuration says under "
         "'taskvec', and mergekit)");
     verb.flag("--explain", given->explain, "Say what would be done for each tensor, and write nothing");
+    verb.texts("--exclude", given->request.exclude, "REGEX",
+        "Tensors that match are not merged: they are copied from the base, where it has them");
+    verb.word("--missing", given->request.missing, {"error", "base"}, "WHAT",
+        "error or base: a tensor that a model lacks and the base has (default: error)");
     tool::add_vocabulary_option(verb, given->request.vocabulary);
+    given->request.match_prefixes = true; // mergekit knows the names of its architectures with and without them
     tool::add_nonfinite_option(verb, given->request.nonfinite);
     tool::add_overflow_option(verb, given->request.overflow);
     tool::add_index_option(verb, given->request.index);

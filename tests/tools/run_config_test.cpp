@@ -212,7 +212,8 @@ TEST_CASE("models of a Hub's cache, slices of all layers, values of each model, 
     CHECK(same(m.result(slices("[0, 3]")), expected));
     has(m.refusal(slices("[0, 2]")), "config.yml:4:33: 'a' gives 2 layers and 'base' 3");
     has(m.refusal(slices("[1, 4]")), "config.yml:4:33: layer_range [1, 4]: 'a' has the layers [0, 3]");
-    has(m.refusal(slices("[2, 2]")), "config.yml:4:33: layer_range [2, 2]: ");
+    has(m.refusal(slices("[2, 2]")), "config.yml:4:33: 'a' gives 0 layers and 'base' 3");
+    has(m.refusal(slices("[2, 1]")), "config.yml:4:33: layer_range [2, 1]: ");
     has(m.refusal(slices("[0, 2.5]")), "config.yml:4:33: layer_range [0, 2.5]: ");
 
     const auto snapshot = m.folder / "hub/models--some--tune/snapshots/0123abcd";
@@ -424,9 +425,41 @@ TEST_CASE("what is wrong with a configuration is said with its place")
     has(m.refusal(head + "models: [{model: a}, {model: a}]\n"), "config.yml:3:30: 'a' stands twice");
     has(m.refusal("merge_method: ties\n" + tasks), "config.yml:1:15: merge_method 'ties' needs a 'base_model'");
     has(m.refusal("merge_method: arcee_fusion\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"),
-        "--method arcee-fusion takes --base and one task");
+        "config.yml:3:30: merge_method 'arcee_fusion' takes 1 model beside the base; here are 2");
     has(m.refusal("merge_method: della\nbase_model: base\n" + tasks + "parameters: {density: 0.2, epsilon: 0.3}\n"),
-        "epsilon is 0.3 and density 0.2; expected an epsilon from 0 to below 0.2");
+        "config.yml:8:37: epsilon is 0.3 and density 0.2; expected an epsilon from 0 to below 0.2");
+    // How many models a method takes.
+    const std::string three = "models: [{model: a}, {model: b}, {model: base}]\n",
+                      both = "models: [{model: a}, {model: b}]\n";
+    has(m.refusal("merge_method: slerp\nbase_model: base\nparameters: {t: 0.5}\n" + both),
+        "config.yml:4:30: merge_method 'slerp' takes 1 model beside the base; here are 2");
+    has(m.refusal("merge_method: nearswap\nbase_model: base\nparameters: {t: 0.5}\n" + both),
+        "config.yml:4:30: merge_method 'nearswap' takes 1 model");
+    has(m.refusal("merge_method: passthrough\n" + both), "config.yml:2:30: merge_method 'passthrough' takes 1 model; ");
+    has(m.refusal("merge_method: passthrough\nslices:\n"
+                  "  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]\n"),
+        "config.yml:3:56: merge_method 'passthrough' takes 1 model; here are 2");
+    has(m.refusal("merge_method: model_stock\nbase_model: base\nmodels: [{model: a}]\n"),
+        "config.yml:1:15: merge_method 'model_stock' takes 2 models beside the base or more; here is 1");
+    has(m.refusal("merge_method: nuslerp\nparameters: {weight: 1}\n" + three),
+        "config.yml:3:42: merge_method 'nuslerp' takes 2 models; here are 3");
+    has(m.refusal("merge_method: slerp\nbase_model: base\nparameters: {t: 0.5}\nslices:\n  - sources:\n"
+                  "      - {model: base, layer_range: [0, 2]}\n      - {model: a, layer_range: [0, 2]}\n"
+                  "      - {model: b, layer_range: [0, 2]}\n"),
+        "config.yml:8:17: merge_method 'slerp' takes 1 model beside the base; here are 2");
+    // What is wrong in the models, and in what values do together, is said with the method.
+    m.write("merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+            "  - {model: b, parameters: {weight: -1}}\n");
+    const auto cancelled = m.run_it();
+    CHECK(cancelled.code == 1);
+    has(cancelled.err, "error: config.yml:1:15: the weights of an average sum to 0");
+    has(m.refusal("merge_method: linear\nmodels: []\n"), "config.yml:2:9: 'models' is an empty list");
+    has(m.refusal("merge_method: linear\nmodules: {}\n"), "config.yml:2:1: 'modules' is empty");
+    has(m.refusal(head + tasks + "parameters: {int8_mask: maybe}\n"), "config.yml:8:25: int8_mask is 'maybe'");
+    has(m.refusal(head + tasks + "parameters: {normalize: [true, false]}\n"),
+        "config.yml:8:25: 'normalize' has one value over the layers");
+    has(m.refusal("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 0]}]}]\n"),
+        "all of the slices are empty");
     const std::string slerps = "merge_method: nuslerp\nbase_model: base\n" + tasks;
     has(m.refusal(slerps + "parameters: {nuslerp_flatten: maybe}\n"),
         "config.yml:8:31: nuslerp_flatten is 'maybe'; expected true or false");
@@ -1214,6 +1247,139 @@ TEST_CASE("stages that are worked out take no room, and what is wrong in them le
     refused(weighted("linear", {{"a", "1"}}), "tensor 'model.layers.1.mlp.weight' of 'a' holds NaN at index 77");
 }
 
+TEST_CASE("filters of a model's own parameters mean its names, those of shared ones the result's")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto scaled = [](const std::vector<float>& values, float factor) {
+        auto result = values;
+        for (auto& value : result) { value *= factor; }
+        return result;
+    };
+    // Layer 0 of the result is layer 1 of the models.
+    const auto source = [](const std::string& model, const std::string& more = "") {
+        return "{model: " + model + ", layer_range: [1, 3]" + more + "}";
+    };
+    const std::string half_of_1 = "[{filter: layers.1., value: 0.5}, {value: 1}]";
+    const auto weighted =
+        m.result("merge_method: linear\nparameters: {normalize: false}\nslices:\n  - sources:\n      - "
+            + source("a", ", parameters: {weight: " + half_of_1 + "}") + "\n      - "
+            + source("b", ", parameters: {weight: 0}") + "\n");
+    CHECK(weighted.at("layers.0.mlp.weight").values == scaled(m.a.at("layers.1.mlp.weight").values, 0.5F));
+    CHECK(weighted.at("layers.1.mlp.weight").values == m.a.at("layers.2.mlp.weight").values);
+    const auto own = m.result("merge_method: passthrough\nslices:\n  - sources: ["
+        + source("a", ", parameters: {scale: " + half_of_1 + "}")
+        + "]\n  - sources: [{model: b, layer_range: [0, 2]}]\n");
+    CHECK(own.at("layers.0.attn.weight").values == scaled(m.a.at("layers.1.attn.weight").values, 0.5F));
+    for (const auto& [to, from] :
+        {std::pair{"layers.2.attn.weight", "layers.0.attn.weight"}, {"layers.3.attn.weight", "layers.1.attn.weight"}}) {
+        CHECK(own.at(to).values == m.b.at(from).values);
+    }
+    CHECK(own.at("layers.1.attn.weight").values == m.a.at("layers.2.attn.weight").values);
+    const auto merged = [&](const std::string& parameters) {
+        return m.result("merge_method: breadcrumbs\nbase_model: base\nparameters: {weight: 1, gamma: 0, " + parameters
+            + "}\nslices:\n  - sources: [" + source("base") + ", " + source("a") + "]\n");
+    };
+    // A density that all models have is each one's own; nothing of layer 1 is kept.
+    const auto kept = merged("density: [{filter: layers.1., value: 0}, {value: 1}]");
+    CHECK(kept.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
+    CHECK_FALSE(kept.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
+    // A lambda is the merge's: layer 1 of the result.
+    const auto shared = merged("lambda: [{filter: layers.1., value: 0}, {value: 1}]");
+    CHECK(shared.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
+    CHECK_FALSE(shared.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
+}
+
+TEST_CASE("truths differ by filter and by slice, and weights that cancel divide by 1")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string head = "merge_method: task_arithmetic\nbase_model: base\n" + tasks;
+    const auto divided = m.result(head + "parameters: {normalize: true}\n"),
+               plain = m.result(head + "parameters: {normalize: false}\n"),
+               some = m.result(head + "parameters: {normalize: [{filter: mlp, value: true}, {value: false}]}\n");
+    for (const auto& [name, tensor] : some) {
+        CAPTURE(name);
+        const bool mlp = name.find("mlp") != name.npos;
+        CHECK(tensor.values == (mlp ? divided : plain).at(name).values);
+        CHECK_FALSE(tensor.values == (mlp ? plain : divided).at(name).values);
+    }
+    const auto slice = [](const std::string& range, const std::string& normalize) {
+        std::string text = "  - sources:\n";
+        for (const auto* model : {"base", "a", "b"}) {
+            text += "      - {model: " + std::string(model) + ", layer_range: " + range + "}\n";
+        }
+        return text + "    parameters: {normalize: " + normalize + "}\n";
+    };
+    const auto ties = [&](const std::string& slices) {
+        return m.result(
+            "merge_method: ties\nbase_model: base\nparameters: {weight: 0.5, density: 0.6}\nslices:\n" + slices);
+    };
+    const auto mean = ties(slice("[0, 3]", "true")), sum = ties(slice("[0, 3]", "false")),
+               both = ties(slice("[0, 1]", "true") + slice("[1, 3]", "false"));
+    for (const auto& [name, tensor] : both) {
+        const bool first = name.starts_with("layers.0.") || name.starts_with("embed");
+        CHECK(tensor.values == (first ? mean : sum).at(name).values);
+    }
+    CHECK_FALSE(same(mean, sum));
+
+    // mergekit divides by 1 where weights come to less than 1e-8.
+    const auto opposed = [&](const std::string& first, const std::string& normalize) {
+        return m.result("merge_method: task_arithmetic\nbase_model: base\nmodels:\n  - {model: a, parameters: {weight: "
+            + first + "}}\n  - {model: b, parameters: {weight: -1}}\nparameters: {normalize: " + normalize + "}\n");
+    };
+    CHECK(same(opposed("1", "true"), opposed("1", "false")));
+    const auto in_mlp = opposed("[{filter: mlp, value: 1}, {value: 3}]", "true"),
+               undivided = opposed("[{filter: mlp, value: 1}, {value: 3}]", "false");
+    for (const auto& [name, tensor] : in_mlp) {
+        CHECK((tensor.values == undivided.at(name).values) == (name.find("mlp") != name.npos));
+    }
+    m.write("merge_method: task_arithmetic\nbase_model: base\ntaskvec: {semantics: paper}\nmodels:\n"
+            "  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters: {weight: -1}}\n"
+            "parameters: {normalize: true}\n");
+    const auto refused = m.run_it();
+    CHECK(refused.code == 1);
+    has(refused.err, "error: config.yml:1:15: the weights sum to 0");
+}
+
+TEST_CASE("slices of linear merge different numbers of models, may be empty, and take one stage twice")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto slice = [](const std::string& range, const std::string& first, const std::string& second = "") {
+        std::string text = "  - sources:\n      - {model: " + first + ", layer_range: " + range + "}\n";
+        if (!second.empty()) {
+            text += "      - {model: " + second + ", layer_range: " + range + ", parameters: {weight: 0}}\n";
+        }
+        return text;
+    };
+    const std::string linear = "merge_method: linear\nparameters: {weight: 1}\nslices:\n",
+                      apart = "merge_method: passthrough\nslices:\n";
+    const auto expected = m.result(apart + slice("[0, 2]", "a") + slice("[0, 3]", "b") + slice("[2, 3]", "a"));
+    CHECK(same(m.result(linear + slice("[0, 1]", "a", "b") + slice("[1, 2]", "a") + slice("[0, 3]", "b")
+                   + slice("[2, 3]", "a", "b")),
+        expected));
+    CHECK(same(m.result(linear + slice("[0, 2]", "a") + slice("[0, 3]", "b") + slice("[2, 3]", "a", "b")), expected));
+    CHECK(same(
+        m.result(apart + slice("[0, 2]", "a") + slice("[1, 1]", "base") + slice("[0, 3]", "b") + slice("[2, 3]", "a")),
+        expected));
+    // The later slice goes deeper.
+    CHECK(same(m.result("name: copy\nmerge_method: passthrough\nmodels: [{model: a}]\n---\n" + apart
+                   + slice("[0, 2]", "copy") + slice("[1, 3]", "copy")),
+        m.result(apart + slice("[0, 2]", "a") + slice("[1, 3]", "a"))));
+    m.write("name: copy\nmerge_method: passthrough\nmodels: [{model: a}]\n---\n" + apart + slice("[0, 2]", "copy")
+        + slice("[1, 4]", "copy"));
+    const auto beyond = m.run_it();
+    CHECK(beyond.code == 1);
+    has(beyond.err, "config.yml:10:36: layer_range [1, 4]: 'copy' has the layers [0, 3]");
+    CHECK(same(m.result("merge_method: ties\nbase_model: base\nmodels: [{model: base}]\n"), m.base));
+    CHECK(same(m.result("merge_method: linear\nmodels: [{model: a, parameters: {weight: true}}]\n"), m.a));
+    CHECK(same(
+        m.result("merge_method: breadcrumbs\nbase_model: base\n" + tasks + "parameters: {density: 0.5, gamma: 1}\n"),
+        m.result(
+            "merge_method: breadcrumbs\nbase_model: base\n" + tasks + "parameters: {density: 0.5, gamma: 0.75}\n")));
+}
+
 TEST_CASE("--explain and reports of slices name the layers that each tensor is merged of")
 {
     const configured m;
@@ -1231,6 +1397,94 @@ TEST_CASE("--explain and reports of slices name the layers that each tensor is m
     const auto report = nlohmann::json::parse(slurp(m.folder / "report.json"));
     CHECK(report["tasks"][0]["layers"]
         == nlohmann::json::parse(R"([{"path": "a", "first": 0, "last": 2}, {"path": "b", "first": 1, "last": 3}])"));
+}
+
+TEST_CASE("without a dtype a result has one that holds the numbers of all models")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto give = [&](const std::string& name, const values_model& like, taskvec::dtype dtype) {
+        auto model = like;
+        for (auto& [tensor, values] : model) {
+            values.dtype = dtype;
+            for (auto& value : values.values) { value = rounded(dtype, value); }
+        }
+        std::filesystem::create_directories(m.folder / name);
+        write_values(m.folder / name / "model.safetensors", model);
+        return model;
+    };
+    using taskvec::dtype;
+    const auto base = give("base16", m.base, dtype::bf16);
+    (void)give("a16", m.a, dtype::bf16);
+    const auto dtype_of = [&](const std::string& text) { return m.result(text).at("layers.1.mlp.weight").dtype; };
+    const auto merge = [](const std::string& of, const std::string& task, const std::string& more = "") {
+        return "merge_method: task_arithmetic\nbase_model: " + of + "\nmodels: [{model: " + task
+            + ", parameters: {weight: 1}}]\n" + more;
+    };
+    const auto found = m.result(merge("base16", "a"));
+    for (const auto& [name, tensor] : found) {
+        CHECK(tensor.dtype == dtype::f32);
+        for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+            const float from = base.at(name).values[i];
+            REQUIRE(tensor.values[i] == from + (m.a.at(name).values[i] - from));
+        }
+    }
+    CHECK(dtype_of(merge("base", "a16")) == dtype::f32);
+    CHECK(dtype_of(merge("base16", "a16")) == dtype::bf16);
+    CHECK(dtype_of(merge("base16", "a", "dtype: bfloat16\n")) == dtype::bf16);
+    CHECK(
+        dtype_of("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a16}, {model: b}]\n") == dtype::f32);
+    // Slices of models that differ have each one's own, as there.
+    const auto apart = m.result("merge_method: passthrough\nslices:\n  - sources: [{model: a16, layer_range: [0, 1]}]\n"
+                                "  - sources: [{model: b, layer_range: [1, 3]}]\n");
+    CHECK(apart.at("layers.0.mlp.weight").dtype == dtype::bf16);
+    CHECK(apart.at("layers.1.mlp.weight").dtype == dtype::f32);
+}
+
+TEST_CASE("buffers that one model lacks take no part, and names are matched with and without their prefix")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto give = [&](const std::string& name, const values_model& like, bool buffers, const std::string& prefix) {
+        values_model model;
+        for (const auto& [tensor, values] : like) { model[prefix + tensor] = values; }
+        for (const auto* layer : {"layers.0.", "layers.1.", "layers.2."}) {
+            if (!buffers) { break; }
+            model[prefix + layer + "self_attn.rotary_emb.inv_freq"] = {taskvec::dtype::f32, {2}, {1, 0.5F}};
+            model[prefix + layer + "attn.bias"] = {taskvec::dtype::f32, {1, 1, 2, 2}, {1, 0, 1, 1}};
+        }
+        std::filesystem::create_directories(m.folder / name);
+        write_values(m.folder / name / "model.safetensors", model);
+    };
+    give("base-more", m.base, true, "");
+    give("a-more", m.a, true, "");
+    give("a-prefixed", m.a, false, "transformer.");
+    give("b-prefixed", m.b, false, "transformer.");
+    const auto merge = [](const std::string& base, const std::string& one, const std::string& other) {
+        return "merge_method: ties\nbase_model: " + base
+            + "\nparameters: {weight: 0.5, density: 0.5}\nmodels: [{model: " + one + "}, {model: " + other + "}]\n";
+    };
+    const auto expected = m.result(merge("base", "a", "b"));
+    CHECK(same(m.result(merge("base", "a-more", "b")), expected));
+    auto more = m.result(merge("base-more", "a", "b"));
+    CHECK(more.size() == expected.size() + 6); // the base's buffers
+    std::erase_if(more, [&](const auto& one) { return !expected.contains(one.first); });
+    CHECK(same(more, expected));
+    auto matched = m.result(merge("base-more", "a-prefixed", "b-prefixed"));
+    std::erase_if(matched, [&](const auto& one) { return !expected.contains(one.first); });
+    CHECK(same(matched, expected));
+    const auto slices = [](const std::string& one, const std::string& other) {
+        return "merge_method: passthrough\nslices:\n  - sources: [{model: " + one
+            + ", layer_range: [0, 2]}]\n  - sources: [{model: " + other + ", layer_range: [1, 3]}]\n";
+    };
+    CHECK(same(m.result(slices("a", "b-prefixed")), m.result(slices("a", "b"))));
+    // What no buffer is stays an error, with options that go on.
+    give("a-stray", m.a, false, "");
+    auto stray = m.a;
+    stray["score.weight"] = {taskvec::dtype::f32, {2}, {1, 2}};
+    write_values(m.folder / "a-stray/model.safetensors", stray);
+    has(m.refusal(merge("base", "a-stray", "b")), "score.weight");
+    CHECK(same(m.result(merge("base", "a-stray", "b"), {"--exclude", "score"}), expected));
 }
 
 TEST_CASE("a tokenizer_source with the tokens of all gives the result its tokenizer, and rows that pad are lined up")
@@ -1280,47 +1534,4 @@ TEST_CASE("a tokenizer_source with the tokens of all gives the result its tokeni
     }
     has(m.refusal(config("padded", "")), "--vocabulary base");
     CHECK(same(m.result(config("padded", ""), {"--vocabulary", "base"}), plain));
-}
-
-TEST_CASE("filters of a model's own parameters mean its names, those of shared ones the result's")
-{
-    const configured m;
-    if (!reads_yaml(m)) { return; }
-    const auto scaled = [](const std::vector<float>& values, float factor) {
-        auto result = values;
-        for (auto& value : result) { value *= factor; }
-        return result;
-    };
-    // Layer 0 of the result is layer 1 of the models.
-    const auto source = [](const std::string& model, const std::string& more = "") {
-        return "{model: " + model + ", layer_range: [1, 3]" + more + "}";
-    };
-    const std::string half_of_1 = "[{filter: layers.1., value: 0.5}, {value: 1}]";
-    const auto weighted =
-        m.result("merge_method: linear\nparameters: {normalize: false}\nslices:\n  - sources:\n      - "
-            + source("a", ", parameters: {weight: " + half_of_1 + "}") + "\n      - "
-            + source("b", ", parameters: {weight: 0}") + "\n");
-    CHECK(weighted.at("layers.0.mlp.weight").values == scaled(m.a.at("layers.1.mlp.weight").values, 0.5F));
-    CHECK(weighted.at("layers.1.mlp.weight").values == m.a.at("layers.2.mlp.weight").values);
-    const auto own = m.result("merge_method: passthrough\nslices:\n  - sources: ["
-        + source("a", ", parameters: {scale: " + half_of_1 + "}")
-        + "]\n  - sources: [{model: b, layer_range: [0, 2]}]\n");
-    CHECK(own.at("layers.0.attn.weight").values == scaled(m.a.at("layers.1.attn.weight").values, 0.5F));
-    for (const auto& [to, from] :
-        {std::pair{"layers.2.attn.weight", "layers.0.attn.weight"}, {"layers.3.attn.weight", "layers.1.attn.weight"}}) {
-        CHECK(own.at(to).values == m.b.at(from).values);
-    }
-    CHECK(own.at("layers.1.attn.weight").values == m.a.at("layers.2.attn.weight").values);
-    const auto merged = [&](const std::string& parameters) {
-        return m.result("merge_method: breadcrumbs\nbase_model: base\nparameters: {weight: 1, gamma: 0, " + parameters
-            + "}\nslices:\n  - sources: [" + source("base") + ", " + source("a") + "]\n");
-    };
-    // A density that all models have is each one's own; nothing of layer 1 is kept.
-    const auto kept = merged("density: [{filter: layers.1., value: 0}, {value: 1}]");
-    CHECK(kept.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
-    CHECK_FALSE(kept.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
-    // A lambda is the merge's: layer 1 of the result.
-    const auto shared = merged("lambda: [{filter: layers.1., value: 0}, {value: 1}]");
-    CHECK(shared.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
-    CHECK_FALSE(shared.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
 }

@@ -7,6 +7,7 @@
 namespace tool {
 
 void command::text(const std::string&, std::string&, const std::string&, const std::string&, presence) { }
+void command::texts(const std::string&, std::vector<std::string>&, const std::string&, const std::string&, presence) { }
 void command::positional(const std::string&, std::string&, const std::string&, presence) { }
 void command::word(const std::string&, std::string&, const std::vector<std::string>&, const std::string&,
     const std::string&, bool, presence)
