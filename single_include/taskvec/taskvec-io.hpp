@@ -18534,6 +18534,7 @@ private:
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <set>
@@ -18610,6 +18611,44 @@ namespace detail {
     return module.substr(kohya_component_of(module).prefix.size());
 }
 
+/// What the segments of a prefix say of the part of a model that a module is in: numbers of layers, and towers. Words
+/// such as "model", "transformer" or "language_model" say nothing, and libraries put them before names as they like.
+struct prefix_meaning {
+    std::set<std::string, std::less<>> towers{}; ///< "encoder", "decoder", "vision", "audio"
+    bool numbered = false; ///< has a number behind its first segment: of a layer, not of a list of models
+};
+[[nodiscard]] inline prefix_meaning meaning_of(std::string_view prefix)
+{
+    prefix_meaning meaning;
+    for (std::size_t at = 0; at < prefix.size();) {
+        const auto end = std::min(prefix.find('.', at), prefix.size());
+        const auto segment = prefix.substr(at, end - at);
+        const bool number = !segment.empty() && segment.find_first_not_of("0123456789") == segment.npos;
+        meaning.numbered = meaning.numbered || (number && at > 0);
+        // Whole words: models are called "audio_spectrogram_transformer" and "speecht5" too.
+        const auto is = [&](std::string_view tower, std::initializer_list<std::string_view> begins) {
+            const bool told = segment == tower || segment.ends_with("_" + std::string(tower))
+                || std::any_of(begins.begin(), begins.end(), [&](auto word) { return segment.starts_with(word); });
+            if (told) { meaning.towers.emplace(tower); }
+        };
+        is("encoder", {});
+        is("decoder", {});
+        is("vision", {"vision_", "visual", "image_tower", "image_encoder"});
+        is("audio", {"audio_tower", "audio_model", "audio_encoder", "speech_encoder"});
+        is("qformer", {});
+        at = end + 1;
+    }
+    return meaning;
+}
+/// Whether `on` may stand in the place of `off` before a module's name: neither may tell another layer or tower than
+/// the other. Where the adapter's names begin without a prefix (`off` is empty), the base's may be any.
+[[nodiscard]] inline bool may_replace(std::string_view off, std::string_view on)
+{
+    if (off.empty()) { return true; }
+    const auto here = meaning_of(off), there = meaning_of(on);
+    return !here.numbered && !there.numbered && here.towers == there.towers;
+}
+
 /// match_modules() of names that no wrapper has changed.
 [[nodiscard]] inline module_match match_plain_modules(
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
@@ -18678,6 +18717,7 @@ namespace detail {
         }
     }
     left = std::move(still);
+    std::vector<std::string> open; // modules that no prefix of their own decides; those of others may
     while (!left.empty()) {
         // Prefixes by the first that is left: its longest ending that a tensor of the base has.
         std::string off, on;
@@ -18693,7 +18733,10 @@ namespace detail {
                     || (at > 0 && !whole_there && ending.find('.') == ending.size() - suffix.size())) {
                     continue;
                 }
-                before.push_back(name.substr(0, name.size() - ending.size()));
+                auto prefix = name.substr(0, name.size() - ending.size());
+                if (detail::may_replace(std::string_view(first).substr(0, at), prefix)) {
+                    before.push_back(std::move(prefix));
+                }
             }
             if (before.size() > 1) {
                 for (const auto& prefix : before) { match.doubtful[left.front()].push_back(prefix + ending); }
@@ -18708,25 +18751,31 @@ namespace detail {
             at = first.find('.', at);
             if (at == first.npos || at + suffix.size() >= first.size()) { break; }
         }
-        if (!found) { // it stays unmatched; the others may say more
-            match.unmatched.push_back(left.front());
+        if (!found) { // the others may say more
+            open.push_back(left.front());
             left.erase(left.begin());
             continue;
         }
-        std::vector<std::string> rest;
-        for (const auto& module : left) {
-            const auto name = module.starts_with(off) ? on + module.substr(off.size()) : "";
-            if (!name.empty() && has(name)) { match.tensors.emplace(module, name + std::string(suffix)); }
-            else {
-                rest.push_back(module);
+        const auto rename = [&](std::vector<std::string>& modules) {
+            std::vector<std::string> rest;
+            for (const auto& module : modules) {
+                const auto name = module.starts_with(off) ? on + module.substr(off.size()) : "";
+                if (!name.empty() && has(name)) { match.tensors.emplace(module, name + std::string(suffix)); }
+                else {
+                    rest.push_back(module);
+                }
             }
-        }
+            modules = std::move(rest);
+        };
+        rename(left);
+        rename(open);
         match.prefixes.emplace_back(off, on);
         match.changes.push_back(off.empty() ? "'" + on + "' put before"
                 : on.empty()                ? "'" + off + "' taken off"
                                             : "'" + on + "' in place of '" + off + "'");
-        left = std::move(rest);
     }
+    std::erase_if(match.doubtful, [&](const auto& one) { return match.tensors.contains(one.first); });
+    match.unmatched = std::move(open);
     return match;
 }
 
@@ -18735,8 +18784,9 @@ namespace detail {
 /// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; without the
 /// segments that wrappers put into the names of either (without_wrappers()); where dots are underscores by the one name
 /// that has them there; where a file names components (unet., text_encoder.) or diffusers' processors without these;
-/// and by prefixes that one of the two puts before its names, where they are the same for all. Nothing is matched where
-/// two tensors would do.
+/// and by prefixes that one of the two puts before its names, where they are the same for all: never by one that tells
+/// another layer or tower (encoder, decoder, vision) than what it stands for. Nothing is matched where two tensors
+/// would do, unless the prefixes of other modules decide.
 [[nodiscard]] inline module_match match_modules(
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
 {

@@ -1180,3 +1180,89 @@ TEST_CASE("segments that wrappers put within names are left out of an adapter's,
     std::filesystem::remove(folder / "out.safetensors");
     refused(folder, fuse_one, 1, "say what it is called there (--rename, --map)");
 }
+
+TEST_CASE("modules of another layer or tower than the base has are no modules of it, whatever stands before them")
+{
+    const scratch folder;
+    const std::string q = "self_attn.q_proj";
+    const auto attempt = [&](const std::vector<std::string>& tensors, const std::vector<std::string>& modules) {
+        values_model base, adapter;
+        for (const auto& name : tensors) { base[name + ".weight"] = random_tensor({6, 6}, 1); }
+        for (const auto& module : modules) { adapter.merge(factors(module, 6, 6, 3)); }
+        std::filesystem::remove_all(folder / "a");
+        write_values(folder / "base.safetensors", base);
+        write_adapter_as(folder / "a", adapter);
+        return run(folder, fuse_one);
+    };
+    struct pair {
+        std::string tensor, module;
+    };
+    for (const auto& [tensor, module] :
+        {pair{"model.layers.0." + q, "model.layers.1." + q}, pair{"model.layers.0." + q, "model.layers.5." + q},
+            pair{"encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"},
+            pair{"model.decoder.layers.0." + q, "model.encoder.layers.0." + q},
+            pair{"model.layers.0." + q, "model.vision_tower.layers.0." + q},
+            pair{"layers.0." + q, "vision_tower.layers.0." + q},
+            pair{"model.layers.0.mlp.down_proj", "visual.blocks.0.mlp.down_proj"}}) {
+        CAPTURE(module);
+        const auto result = attempt({tensor}, {module});
+        CHECK(result.code == 1);
+        CHECK(
+            result.err.find("module '" + module + "' of 'a' is no module of 'base.safetensors'") != std::string::npos);
+        refused(folder,
+            {"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task-adapter", "a", "--out",
+                "merged.safetensors"},
+            1, "is no module of");
+    }
+    // Words that say nothing are left out, put before and replaced.
+    for (const auto& [tensor, module] : {pair{"model.layers.0." + q, "language_model.model.layers.0." + q},
+             pair{"language_model.model.layers.0." + q, "model.language_model.layers.0." + q},
+             pair{"encoder.layer.0.query", "0.auto_model.encoder.layer.0.query"},
+             pair{"encoder.layer.0.query", "vit.encoder.layer.0.query"},
+             pair{"bert.encoder.layer.0.query", "roberta.encoder.layer.0.query"},
+             pair{"decoder.layers.0." + q, "model.decoder.layers.0." + q},
+             pair{"vision_tower.vision_model.encoder.layers.0." + q, "model.vision_tower.encoder.layers.0." + q},
+             pair{"vision_model.encoder.layers.0." + q, "encoder.layers.0." + q}}) {
+        CAPTURE(module);
+        const auto result = attempt({tensor}, {module});
+        CAPTURE(result.err);
+        CHECK(result.code == 0);
+    }
+}
+
+TEST_CASE("names that two tensors have are decided by towers, and by the prefixes of other modules")
+{
+    const scratch folder;
+    const std::string q = "self_attn.q_proj";
+    const auto changed = [&](const values_model& base, const std::vector<std::string>& modules) {
+        values_model adapter;
+        for (const auto& module : modules) { adapter.merge(factors(module, 6, 6, 3)); }
+        std::filesystem::remove_all(folder / "a");
+        write_values(folder / "base.safetensors", base);
+        write_adapter_as(folder / "a", adapter);
+        const auto result = run(folder, fuse_one);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        std::vector<std::string> names;
+        for (const auto& [name, tensor] : read_values(folder / "out.safetensors")) {
+            if (tensor.values != base.at(name).values) { names.push_back(name); }
+        }
+        return names;
+    };
+    const auto tensor = [](unsigned seed) { return random_tensor({6, 6}, seed); };
+    const std::string text = "language_model.model.layers.0." + q + ".weight",
+                      vision = "vision_tower.encoder.layers.0." + q + ".weight";
+    const values_model sees{{text, tensor(1)}, {vision, tensor(2)}};
+    CHECK(changed(sees, {"model.language_model.layers.0." + q}) == std::vector<std::string>{text});
+    CHECK(changed(sees, {"model.vision_tower.encoder.layers.0." + q}) == std::vector<std::string>{vision});
+    CHECK(changed(sees, {"model.language_model.layers.0." + q, "model.vision_tower.encoder.layers.0." + q})
+        == std::vector<std::string>{text, vision});
+    // The first of two alike lists has no layer 1: layer 0 is in the other one too.
+    const values_model lists{{"first.layers.0.q.weight", tensor(1)}, {"second.layers.0.q.weight", tensor(2)},
+        {"second.layers.1.q.weight", tensor(3)}};
+    CHECK(changed(lists, {"layers.0.q", "layers.1.q"})
+        == std::vector<std::string>{"second.layers.0.q.weight", "second.layers.1.q.weight"});
+    write_adapter_as(folder / "b", factors("layers.0.q", 6, 6, 3));
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "b", "--out", "no.safetensors"}, 1,
+        "may mean 'first.layers.0.q.weight' or 'second.layers.0.q.weight'");
+}
