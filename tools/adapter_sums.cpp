@@ -368,7 +368,9 @@ void adapter_sum::add(
     }
     facts_.push_back(about);
     const std::string base_label = in_quotes(how.base_path);
-    const bool linear = config.contains("model_type") && !has_conv1d_layers(config) && !how.fan_in_fan_out;
+    // Shapes tell more than the configuration, which may be of a model that is not known here.
+    const bool linear = config.contains("model_type") && !has_conv1d_layers(config) && !how.fan_in_fan_out
+        && !taskvec::shows_in_by_out(base_, read, match);
     if (read.fan_in_fan_out && (linear || taskvec::denies_fan_in_fan_out(base_, read, match))) {
         note(run,
             read.label + " says fan_in_fan_out, and linear layers of " + base_label

@@ -124,8 +124,9 @@ const replacements* replacements_of(const nlohmann::json& config)
 
 bool has_conv1d_layers(const nlohmann::json& config)
 {
-    static constexpr std::array<std::string_view, 6> types{
-        "gpt2", "openai-gpt", "imagegpt", "ctrl", "decision_transformer", "gpt-sw3"};
+    // CTRL, their kin, has linear layers.
+    static constexpr std::array<std::string_view, 5> types{
+        "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3"};
     return std::find(types.begin(), types.end(), model_type(config)) != types.end();
 }
 bool has_conv1d_layers(const std::filesystem::path& model)

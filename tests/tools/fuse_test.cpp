@@ -1266,3 +1266,38 @@ TEST_CASE("names that two tensors have are decided by towers, and by the prefixe
     refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "b", "--out", "no.safetensors"}, 1,
         "may mean 'first.layers.0.q.weight' or 'second.layers.0.q.weight'");
 }
+
+TEST_CASE("whether square weights lie in×out is told by others of the model, whatever its configuration is called")
+{
+    const scratch folder;
+    values_model base{{"c_attn.weight", random_tensor({6, 18}, 1)}, {"c_attn.bias", random_tensor({18}, 2)},
+        {"c_proj.weight", random_tensor({6, 6}, 3)}, {"c_proj.bias", random_tensor({6}, 4)}};
+    const auto square = factors("c_proj", 6, 6, 5);
+    auto both = factors("c_attn", 18, 6, 7);
+    both.insert(square.begin(), square.end());
+    write_adapter_as(folder / "square", square, {{"fan_in_fan_out", true}});
+    write_adapter_as(folder / "both", both, {{"fan_in_fan_out", true}});
+    const auto fused = [&](const std::string& type, const std::string& adapter) {
+        std::filesystem::create_directories(folder / "base");
+        write_values(folder / "base/model.safetensors", base);
+        write_text(folder / "base/config.json", nlohmann::json{{"model_type", type}}.dump());
+        const auto result = run(folder, {"fuse", "--base", "base", "--adapter", adapter, "--out", "out.safetensors"});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return read_values(folder / "out.safetensors").at("c_proj.weight").values;
+    };
+    const auto is = [&](bool turned) {
+        return added(
+            base.at("c_proj.weight"), square.at("c_proj.lora_A.weight"), square.at("c_proj.lora_B.weight"), 0.5, turned)
+            .values;
+    };
+    for (const std::string type : {"clvp", "backpack-gpt2", "gpt2"}) {
+        CHECK(fused(type, "both") == is(true));
+        CHECK(fused(type, "square") == is(true)); // the bias of c_attn has 18 entries, its weight 18 columns
+    }
+    base["c_attn.weight"].shape = {18, 6}; // as linear layers lie
+    CHECK(fused("backpack-gpt2", "square") == is(false));
+    // CTRL has linear layers, though it is GPT-2's kin.
+    write_adapter_as(folder / "plain", square);
+    CHECK(fused("ctrl", "plain") == is(false));
+}

@@ -538,23 +538,57 @@ struct adapter_base_traits {
     std::string_view renaming{}; ///< a caller's word for what gives modules other names, for messages: such as a flag
 };
 
-/// Whether an adapter that says fan_in_fan_out is of a base whose linear layers lie out×in, as its modules that are not
-/// square tell: PEFT takes the flag for false then.
+namespace detail {
+
+/// How the adapted weights of a base that are not square lie: some out×in, some in×out.
+struct weight_orders {
+    bool plain = false, turned = false;
+};
 template <arithmetic_element T>
-[[nodiscard]] bool denies_fan_in_fan_out(
+[[nodiscard]] weight_orders orders_of_adapted(
     const const_model_ref& base, const adapter_contents<T>& adapter, const module_match& match)
 {
-    bool plain = false, turned = false;
+    weight_orders found;
     for (const auto& [module, made] : adapter.modules) {
         const auto place = match.tensors.find(module);
         if (place == match.tensors.end() || made.embedding || made.update.out() == made.update.in()) { continue; }
         const const_tensor_ref& to = *base.find(place->second);
         if (to.shape.size() != 2) { continue; }
         const auto [rows, columns] = adapted_model::sides(to.shape, to.size(place->second));
-        plain = plain || (rows == made.update.out() && columns == made.update.in());
-        turned = turned || (rows == made.update.in() && columns == made.update.out());
+        found.plain = found.plain || (rows == made.update.out() && columns == made.update.in());
+        found.turned = found.turned || (rows == made.update.in() && columns == made.update.out());
     }
-    return adapter.fan_in_fan_out && plain && !turned;
+    return found;
+}
+
+} // namespace detail
+
+/// Whether an adapter that says fan_in_fan_out is of a base whose linear layers lie out×in, as its modules that are not
+/// square tell: PEFT takes the flag for false then.
+template <arithmetic_element T>
+[[nodiscard]] bool denies_fan_in_fan_out(
+    const const_model_ref& base, const adapter_contents<T>& adapter, const module_match& match)
+{
+    const auto found = detail::orders_of_adapted(base, adapter, match);
+    return adapter.fan_in_fan_out && found.plain && !found.turned;
+}
+/// Whether weights of a base show that its linear layers lie in×out (Conv1D): those that an adapter changes and are not
+/// square, or, where all are square, those of the base that are not and whose biases have an entry for each column.
+template <arithmetic_element T>
+[[nodiscard]] bool shows_in_by_out(
+    const const_model_ref& base, const adapter_contents<T>& adapter, const module_match& match)
+{
+    auto found = detail::orders_of_adapted(base, adapter, match);
+    if (found.plain || found.turned) { return found.turned; }
+    constexpr std::string_view ending = "weight";
+    for (const auto& [name, tensor] : base) {
+        if (tensor.shape.size() != 2 || tensor.shape[0] == tensor.shape[1] || !name.ends_with(".weight")) { continue; }
+        const auto* const bias = base.find(name.substr(0, name.size() - ending.size()) + "bias");
+        if (!bias || bias->shape.size() != 1) { continue; }
+        found.plain = found.plain || bias->shape[0] == tensor.shape[0];
+        found.turned = found.turned || bias->shape[0] == tensor.shape[1];
+    }
+    return found.turned && !found.plain;
 }
 
 namespace detail {
