@@ -235,7 +235,8 @@ void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how,
         return found;
     };
     const auto last = [](std::string_view name) { return name.substr(name.rfind('.') + 1); };
-    std::string head = names_of([](const std::string& module) { return is_head_module(module); });
+    std::string head =
+        names_of([&](const std::string& module) { return is_head_module(module) || module == tie.head; });
     if (tie.head_stored && !head.empty() && last(head) != last(tie.head) && !base_.find(head + ".weight")
         && read.modules.contains(head)) {
         note(run, "module '" + head + "' of " + read.label + " is the head, '" + tie.head + "' of " + base_label);

@@ -32,7 +32,7 @@ std::string architecture(const nlohmann::json& config)
 bool has_language_head(std::string_view architecture)
 {
     for (const std::string_view ending : {"LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM",
-             "ForPreTraining", "DoubleHeadsModel"}) {
+             "ForPreTraining", "DoubleHeadsModel", "MarianMTModel"}) {
         if (architecture.ends_with(ending)) { return true; }
     }
     return false;
@@ -74,16 +74,46 @@ std::string head_by_configuration(const nlohmann::json& config)
 {
     const auto type = model_type(config), name = architecture(config);
     if (!name.empty() && !has_language_head(name)) { return ""; }
-    static constexpr std::array<std::pair<std::string_view, std::string_view>, 9> heads{
-        {{"whisper", "proj_out"}, {"moonshine", "proj_out"}, {"xlnet", "lm_loss"}, {"xlm", "pred_layer.proj"},
-            {"flaubert", "pred_layer.proj"}, {"gpt_neox_japanese", "embed_out"}, {"trocr", "output_projection"},
-            {"biogpt", "output_projection"}, {"git", "output"}}};
+    static constexpr std::array<std::pair<std::string_view, std::string_view>, 10> heads{
+        {{"rwkv", "head"}, {"whisper", "proj_out"}, {"moonshine", "proj_out"}, {"xlnet", "lm_loss"},
+            {"xlm", "pred_layer.proj"}, {"flaubert", "pred_layer.proj"}, {"gpt_neox_japanese", "embed_out"},
+            {"trocr", "output_projection"}, {"biogpt", "output_projection"}, {"git", "output"}}};
     for (const auto& [known, head] : heads) {
         if (type == known) { return std::string(head); }
     }
     if (type == "gpt_neox") { return transformers_version(config).value_or(5) < 5 ? "embed_out" : "lm_head"; }
     if (type == "modernbert" || type == "modernbert-decoder") { return "decoder"; }
     return "lm_head";
+}
+
+/// The rows of a language model's embedding, by its configuration; nothing where that does not say.
+std::optional<std::int64_t> vocabulary_size(const nlohmann::json& config)
+{
+    for (const auto* part : {&config, config.contains("text_config") ? &config["text_config"] : nullptr}) {
+        for (const char* field : {"vocab_size", "n_words"}) {
+            if (!part || !part->is_object()) { continue; }
+            const auto size = part->find(field);
+            if (size != part->end() && size->is_number_integer()) { return size->get<std::int64_t>(); }
+        }
+    }
+    return std::nullopt;
+}
+
+/// The embedding of a model that has it under a name of its own: the one matrix beside its head with a row for each
+/// word of the vocabulary.
+std::string embedding_by_shape(
+    const nlohmann::json& config, const taskvec::const_model_ref& model, const std::string& head)
+{
+    const auto rows = vocabulary_size(config);
+    std::string found;
+    for (const auto& [name, tensor] : model) {
+        if (!rows || tensor.shape.size() != 2 || tensor.shape[0] != *rows || !name.ends_with(weight)) { continue; }
+        const auto module = without_ending(name, weight);
+        if (module == head || is_head_module(module) || model.find(module + ".bias")) { continue; }
+        if (!found.empty()) { return ""; }
+        found = module;
+    }
+    return found;
 }
 
 /// Whether the head of a model is its embedding.
@@ -147,8 +177,8 @@ tied_matrix tied_matrix_of(const nlohmann::json& config, const taskvec::const_mo
 {
     tied_matrix found;
     const auto stored = [&](const std::string& module) { return model.find(module + std::string(weight)) != nullptr; };
-    for (const std::string_view ending :
-        {"shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}) {
+    for (const std::string_view ending : {"shared", "embed_tokens", "wte", "word_embeddings", "embed_in",
+             "tok_embeddings", "tokens_embed", "word_embedding", "embeddings"}) {
         for (const auto& [name, tensor] : model) {
             if (!name.ends_with(weight) || tensor.shape.size() != 2) { continue; }
             const auto module = without_ending(name, weight);
@@ -165,15 +195,19 @@ tied_matrix tied_matrix_of(const nlohmann::json& config, const taskvec::const_mo
             if (has_part && !stored(copy)) { found.copies.push_back(copy); }
         }
     }
+    const auto named = head_by_configuration(config);
     for (const auto& [name, tensor] : model) {
-        if (!name.ends_with(weight) || tensor.shape.size() != 2 || !is_head_module(without_ending(name, weight))) {
-            continue;
-        }
-        found.head = without_ending(name, weight);
+        if (!name.ends_with(weight) || tensor.shape.size() != 2) { continue; }
+        const auto module = without_ending(name, weight);
+        if (module != named && !is_head_module(module)) { continue; }
+        found.head = module;
         found.head_stored = true;
     }
     if (found.head.empty()) { found.head = head_by_tensors(model); }
-    if (found.head.empty()) { found.head = head_by_configuration(config); }
+    if (found.head.empty()) { found.head = named; }
+    if (found.embedding.empty() && has_language_head(architecture(config))) {
+        found.embedding = embedding_by_shape(config, model, found.head);
+    }
     found.tied = !found.embedding.empty() && !found.head.empty() && heads_are_tied(config, found.head_stored);
     return found;
 }

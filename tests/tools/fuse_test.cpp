@@ -1301,3 +1301,50 @@ TEST_CASE("whether square weights lie in×out is told by others of the model, wh
     write_adapter_as(folder / "plain", square);
     CHECK(fused("ctrl", "plain") == is(false));
 }
+
+TEST_CASE("tied heads are known of architectures that call them, or the embedding, by names of their own")
+{
+    struct example {
+        std::string type, architecture, embedding, head;
+        bool in_configuration = false; ///< says how many words there are
+    };
+    for (const auto& one : {example{"openai-gpt", "OpenAIGPTLMHeadModel", "transformer.tokens_embed", "lm_head"},
+             example{"xlnet", "XLNetLMHeadModel", "transformer.word_embedding", "lm_loss"},
+             example{"xlm", "XLMWithLMHeadModel", "transformer.embeddings", "pred_layer.proj"},
+             example{"flaubert", "FlaubertWithLMHeadModel", "transformer.embeddings", "pred_layer.proj"},
+             example{"mamba", "MambaForCausalLM", "backbone.embeddings", "lm_head"},
+             example{"rwkv", "RwkvForCausalLM", "rwkv.embeddings", "head"},
+             example{"ctrl", "CTRLLMHeadModel", "transformer.w", "lm_head", true}}) {
+        CAPTURE(one.type);
+        const scratch folder;
+        const values_model base{{one.embedding + ".weight", random_tensor({9, 4}, 1)},
+            {"transformer.layers.0.q.weight", random_tensor({4, 4}, 2)}};
+        nlohmann::json config{{"model_type", one.type}, {"architectures", {one.architecture}}};
+        if (one.in_configuration) { config["vocab_size"] = 9; }
+        write_text(folder / "base/config.json", config.dump());
+        write_values(folder / "base/model.safetensors", base);
+        const auto fuse = [&](const values_model& tensors) {
+            write_adapter_as(folder / "a", tensors);
+            const auto result = run(folder, {"fuse", "--base", "base", "--adapter", "a", "--out", "out"});
+            CAPTURE(result.err);
+            REQUIRE(result.code == 0);
+            CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["tie_word_embeddings"] == false);
+            return read_values(folder / "out/model.safetensors");
+        };
+        const auto& embedding = base.at(one.embedding + ".weight");
+        const auto tensors = factors(one.head, 9, 4, 5);
+        const auto of_head = fuse(tensors);
+        CHECK(of_head.at(one.embedding + ".weight").values == embedding.values);
+        CHECK(of_head.at(one.head + ".weight").values
+            == added(embedding, tensors.at(one.head + ".lora_A.weight"), tensors.at(one.head + ".lora_B.weight"), 0.5)
+                .values);
+        const values_model words{{one.embedding + ".lora_embedding_A", random_tensor({2, 9}, 7)},
+            {one.embedding + ".lora_embedding_B", random_tensor({4, 2}, 8)}};
+        const auto of_embedding = fuse(words);
+        CHECK(of_embedding.at(one.head + ".weight").values == embedding.values);
+        CHECK(of_embedding.at(one.embedding + ".weight").values
+            == added(embedding, words.at(one.embedding + ".lora_embedding_A"),
+                words.at(one.embedding + ".lora_embedding_B"), 0.5, true)
+                .values);
+    }
+}

@@ -1616,3 +1616,28 @@ TEST_CASE(
         check_put_back(folder);
     }
 }
+
+TEST_CASE("extract-lora gives tied heads of names of their own what it gives the embedding")
+{
+    struct example {
+        std::string config, embedding, head;
+    };
+    for (const auto& one :
+        {example{R"({"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"], "torch_dtype": "float32"})",
+             "transformer.word_embedding", "lm_loss"},
+            example{R"({"model_type": "xlm", "architectures": ["XLMWithLMHeadModel"], "torch_dtype": "float32"})",
+                "transformer.embeddings", "pred_layer.proj"},
+            example{R"({"model_type": "marian", "architectures": ["MarianMTModel"], "torch_dtype": "float32"})",
+                "model.shared", "lm_head"}}) {
+        CAPTURE(one.config);
+        const scratch folder;
+        write_directories(folder,
+            {{one.embedding + ".weight", tensor(9, 4, 1)}, {"model.encoder.layers.0.q.weight", tensor(4, 4, 2)}},
+            one.config);
+        REQUIRE(run(folder, extract_directory).code == 0);
+        const auto found = shapes_in(folder / "out");
+        CHECK(found.at(one.head + ".lora_A.weight") == taskvec::extents{1, 4});
+        CHECK(found.at(one.head + ".lora_B.weight") == taskvec::extents{9, 1});
+        check_put_back(folder);
+    }
+}
