@@ -126,7 +126,8 @@ bool heads_are_tied(const nlohmann::json& config, bool head_stored)
     return !head_stored && has_language_head(architecture(config));
 }
 
-/// What transformers 5 puts in place of parts of names, one after the other.
+/// What transformers 5 puts in place of parts of names, one after the other: of their beginnings where "^" stands
+/// before them. "#" is a number, which "#" in what takes the place repeats.
 using replacements = std::vector<std::pair<std::string_view, std::string_view>>;
 const replacements* replacements_of(const nlohmann::json& config)
 {
@@ -136,18 +137,66 @@ const replacements* replacements_of(const nlohmann::json& config)
     static const replacements dinov2{{"attention.attention.query", "attention.q_proj"},
         {"attention.attention.key", "attention.k_proj"}, {"attention.attention.value", "attention.v_proj"},
         {"attention.output.dense", "attention.o_proj"}};
+    static const replacements dinov3{{"^layer.", "model.layer."}};
     static const replacements swin{{"attention.self.query", "attention.q_proj"},
         {"attention.self.key", "attention.k_proj"}, {"attention.self.value", "attention.v_proj"},
         {"attention.output.dense", "attention.o_proj"}, {"intermediate.dense", "mlp.fc1"}, {"output.dense", "mlp.fc2"}};
+    static const replacements segformer{{"encoder.patch_embeddings.#.", "stages.#.patch_embeddings."},
+        {"encoder.block.#.", "stages.#.blocks."}, {"attention.self.query", "attention.q_proj"},
+        {"attention.self.key", "attention.k_proj"}, {"attention.self.value", "attention.v_proj"},
+        {"attention.self.sr", "attention.sequence_reduction.sequence_reduction"},
+        {"attention.output.dense", "attention.o_proj"}, {"mlp.dense1", "mlp.fc1"}, {"mlp.dense2", "mlp.fc2"},
+        {"decode_head.linear_c", "decode_head.linear_projections"}};
+    // Language models that see: their towers are parts of "model", and the head is not.
+    static const replacements llava{{"^language_model.lm_head", "lm_head"},
+        {"^language_model.model.", "model.language_model."}, {"^vision_tower.", "model.vision_tower."},
+        {"^model.vision_tower.vision_model.", "model.vision_tower."},
+        {"^multi_modal_projector.", "model.multi_modal_projector."}};
+    static const replacements mllama{{"^language_model.lm_head", "lm_head"},
+        {"^language_model.model.", "model.language_model."}, {"^vision_model.", "model.vision_model."},
+        {"^multi_modal_projector", "model.multi_modal_projector"}};
+    static const replacements qwen2_vl{{"^visual.", "model.visual."},
+        {"^model.layers.", "model.language_model.layers."},
+        {"^model.embed_tokens", "model.language_model.embed_tokens"}};
     static const std::vector<std::pair<std::string_view, const replacements*>> of_types{{"vit", &vit}, {"deit", &vit},
         {"beit", &vit}, {"vit_mae", &vit}, {"vit_msn", &vit}, {"ijepa", &vit}, {"vivit", &vit},
         {"audio-spectrogram-transformer", &vit}, {"dinov2", &dinov2}, {"dinov2_with_registers", &dinov2},
-        {"swin", &swin}};
+        {"dinov3_vit", &dinov3}, {"swin", &swin}, {"segformer", &segformer}};
+    static const std::vector<std::pair<std::string_view, const replacements*>> that_see{{"llava", &llava},
+        {"llava_next", &llava}, {"llava_next_video", &llava}, {"llava_onevision", &llava}, {"vipllava", &llava},
+        {"aria", &llava}, {"paligemma", &llava}, {"aya_vision", &llava}, {"got_ocr2", &llava}, {"gemma3", &llava},
+        {"internvl", &llava}, {"mistral3", &llava}, {"mllama", &mllama}, {"qwen2_vl", &qwen2_vl},
+        {"qwen2_5_vl", &qwen2_vl}};
     const auto type = model_type(config);
-    for (const auto& [known, list] : of_types) {
-        if (type == known) { return list; }
+    const bool generates = architecture(config).ends_with("ForConditionalGeneration");
+    for (const auto* list : {&of_types, generates ? &that_see : nullptr}) {
+        for (std::size_t i = 0; list && i < list->size(); ++i) {
+            if (type == (*list)[i].first) { return (*list)[i].second; }
+        }
     }
     return nullptr;
+}
+
+/// Puts `to` in the place of the first `from` of a name, as of replacements.
+void replace_in(std::string& name, std::string_view from, std::string_view to)
+{
+    if (from.starts_with('^')) {
+        if (name.starts_with(from.substr(1))) { name.replace(0, from.size() - 1, to); }
+        return;
+    }
+    const auto mark = from.find('#');
+    if (mark == from.npos) {
+        if (const auto at = name.find(from); at != name.npos) { name.replace(at, from.size(), to); }
+        return;
+    }
+    const auto before = from.substr(0, mark), behind = from.substr(mark + 1);
+    const auto at = name.find(before);
+    if (at == name.npos) { return; }
+    const auto first = at + before.size(), last = std::min(name.find_first_not_of("0123456789", first), name.size());
+    if (first == last || name.compare(last, behind.size(), behind) != 0) { return; }
+    std::string made(to);
+    made.replace(made.find('#'), 1, name.substr(first, last - first));
+    name.replace(at, last + behind.size() - at, made);
 }
 
 } // namespace
@@ -244,9 +293,7 @@ std::string name_in_transformers_5(const nlohmann::json& config, const std::stri
     const auto* const list = replacements_of(config);
     if (!list) { return module; }
     auto name = module;
-    for (const auto& [from, to] : *list) {
-        if (const auto at = name.find(from); at != name.npos) { name.replace(at, from.size(), to); }
-    }
+    for (const auto& [from, to] : *list) { replace_in(name, from, to); }
     return name;
 }
 

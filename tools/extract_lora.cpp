@@ -40,9 +40,17 @@ struct extract_lora_settings : tool::adapter_settings {
 
 /// Modules that common architectures implement by an embedding: PEFT factors those transposed, under other names.
 constexpr const char* known_embeddings =
-    "(^|\\.)((tok|token|word|position|pos|token_type|segment|entity|entity_position|lang|language|[xyhw]_position|"
-    "relative_position|distance|time_position)s?_emb(ed(ding)?)?s?|embed_(tokens|tokens_per_layer|positions|in)|"
+    "(^|\\.)(([a-z0-9]+_)*(tok|token|word|position|pos|token_type|segment|entity|lang|language|relative_position|"
+    "distance|time_position|speaker|tag_sub|subs)s?_emb(ed(ding)?)?s?(_[0-9]+)?(\\.[0-9]+)?|"
+    "embed_(tokens|tokens_per_layer|positions|in)|rel_attn_embed|input_embedding|pe_k|HashBucketCodepointEmbedder_[0-9]"
+    "+|"
     "embeddings?|emb|shared|wte|wpe|relative_attention_bias)$";
+
+/// Whether a module's name speaks of an embedding, in words that are not known. Some such are linear layers.
+bool may_be_embedding(std::string_view module)
+{
+    return module.substr(module.rfind('.') + 1).find("embed") != module.npos;
+}
 
 /// ΔWᵀ for ΔW.
 template <class T>
@@ -226,11 +234,23 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         for (const auto& copy : names.copies) { add(copy, tie.embedding, true, transposed(embedded->second)); }
         if (tie.tied) { add(tie.head, tie.embedding, false, embedded->second); }
     }
+    std::vector<std::string> doubtful;
     for (auto& [name, update] : found.adapter) {
         if (name == tie.embedding && !names.copies.empty()) { continue; }
-        const bool embedding = is_embedding(name) && !found.kernels.contains(name);
+        // Embeddings have no bias, and linear layers of such names mostly do.
+        const bool may_be = !found.kernels.contains(name) && !base.model().find(name + ".bias");
+        const bool embedding = !found.kernels.contains(name)
+            && (is_own_embedding(name) || name == tie.embedding || (may_be && is_embedding(name)));
+        if (may_be && !embedding && may_be_embedding(name)) { doubtful.push_back(name); }
         const bool turned = given.fan_in_fan_out && !tool::is_head_module(name) && !found.kernels.contains(name);
         add(names.of(name), name, embedding, embedding || turned ? transposed(update) : std::move(update));
+    }
+    if (!doubtful.empty()) {
+        tool::note(given.run,
+            "'" + doubtful.front() + "'"
+                + (doubtful.size() > 1 ? " and " + std::to_string(doubtful.size() - 1) + " more are" : " is")
+                + " called as embeddings are, and factored as a linear layer's: where the model has an embedding "
+                  "there, PEFT leaves it out unless --embedding names it");
     }
     if (given.fan_in_fan_out) { adapter.config["fan_in_fan_out"] = true; }
     if (tie_changed && by_peft) {

@@ -1641,3 +1641,77 @@ TEST_CASE("extract-lora gives tied heads of names of their own what it gives the
         check_put_back(folder);
     }
 }
+
+TEST_CASE("extract-lora calls the towers of models that see, SegFormer and DINOv3 as transformers 5 does")
+{
+    struct example {
+        std::string type, architecture;
+        std::map<std::string, std::string> names; // of the files, and when loaded
+    };
+    const std::string q = "self_attn.q_proj";
+    for (const auto& one :
+        {example{"llava", "LlavaForConditionalGeneration",
+             {{"language_model.model.layers.0." + q, "model.language_model.layers.0." + q},
+                 {"language_model.lm_head", "lm_head"},
+                 {"vision_tower.vision_model.encoder.layers.0." + q, "model.vision_tower.encoder.layers.0." + q},
+                 {"multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"}}},
+            example{"gemma3", "Gemma3ForConditionalGeneration",
+                {{"language_model.model.layers.0." + q, "model.language_model.layers.0." + q},
+                    {"vision_tower.encoder.layers.0." + q, "model.vision_tower.encoder.layers.0." + q}}},
+            example{"qwen2_vl", "Qwen2VLForConditionalGeneration",
+                {{"model.layers.0." + q, "model.language_model.layers.0." + q},
+                    {"visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"}, {"lm_head", "lm_head"}}},
+            example{"qwen2", "Qwen2ForCausalLM", {{"model.layers.0." + q, "model.layers.0." + q}}},
+            example{"segformer", "SegformerForImageClassification",
+                {{"segformer.encoder.block.1.0.attention.self.query", "segformer.stages.1.blocks.0.attention.q_proj"},
+                    {"segformer.encoder.block.0.12.mlp.dense1", "segformer.stages.0.blocks.12.mlp.fc1"},
+                    {"segformer.encoder.patch_embeddings.1.proj", "segformer.stages.1.patch_embeddings.proj"}}},
+            example{
+                "dinov3_vit", "DINOv3ViTModel", {{"layer.0.attention.k_proj", "model.layer.0.attention.k_proj"}}}}) {
+        CAPTURE(one.type);
+        const scratch folder;
+        values_model base;
+        unsigned seed = 1;
+        for (const auto& [stored, loaded] : one.names) { base[stored + ".weight"] = tensor(4, 4, seed++); }
+        write_directories(folder, base,
+            nlohmann::json{{"model_type", one.type}, {"architectures", {one.architecture}}, {"torch_dtype", "float32"},
+                {"tie_word_embeddings", false}, {"transformers_version", "5.1.0"}}
+                .dump());
+        REQUIRE(run(folder, extract_directory).code == 0);
+        const auto found = shapes_in(folder / "out");
+        CHECK(found.size() == 2 * one.names.size());
+        for (const auto& [stored, loaded] : one.names) { CHECK(found.contains(loaded + ".lora_A.weight")); }
+        check_put_back(folder);
+    }
+}
+
+TEST_CASE("extract-lora factors embeddings of further names, and names those of which it cannot tell")
+{
+    const scratch folder;
+    values_model base;
+    const std::vector<std::string> embeddings{"embeddings.token_type_embeddings_0",
+        "layout_embeddings.box_position_embeddings", "embeddings.visual_position_embeddings",
+        "char_embeddings.HashBucketCodepointEmbedder_3", "encoder.layers.0.attention.rel_attn_embed",
+        "embeddings.xpath_embeddings.xpath_tag_sub_embeddings.0", "encoder.embed_positions.pe_k"};
+    unsigned seed = 1;
+    for (const auto& name : embeddings) { base[name + ".weight"] = tensor(9, 4, seed++); }
+    base["model.input_embedding.weight"] = tensor(9, 4, seed++); // PatchTST's: a linear layer
+    base["model.input_embedding.bias"] = tensor(1, 9, seed++);
+    base["model.tile_embed.weight"] = tensor(9, 4, seed++);
+    write_directories(folder, base, R"({"torch_dtype": "float32"})");
+    const auto made = run(folder, extract_directory);
+    REQUIRE(made.code == 0);
+    const auto found = shapes_in(folder / "out");
+    for (const auto& name : embeddings) {
+        CAPTURE(name);
+        REQUIRE(found.contains(name + ".lora_embedding_A"));
+        CHECK(found.at(name + ".lora_embedding_A") == taskvec::extents{1, 9});
+    }
+    CHECK(found.contains("model.input_embedding.lora_A.weight"));
+    CHECK(found.contains("model.tile_embed.lora_A.weight"));
+    CHECK(made.err.find("'model.tile_embed' is called as embeddings are") != std::string::npos);
+    CHECK(made.err.find("'model.input_embedding'") == std::string::npos);
+    const auto told = run(folder, with(extract_directory, {"--embedding", "tile_embed$"}));
+    CHECK(told.err.find("called as embeddings are") == std::string::npos);
+    CHECK(shapes_in(folder / "out").contains("model.tile_embed.lora_embedding_A"));
+}
