@@ -656,3 +656,21 @@ TEST_CASE("convert names the base and the task for AutoPeftModel, and inspect sa
     CHECK(held["kohya"].empty());
     CHECK(must_run(folder, {"inspect", "a"}).out.find("as kohya: nothing is lost") != std::string::npos);
 }
+
+TEST_CASE("convert keeps trained biases where PEFT looks for them")
+{
+    const scratch folder;
+    auto tensors = factors("q", 6, 6, 1);
+    tensors["q.base_layer.bias"] = random_tensor({6}, 3);
+    tensors["k.bias"] = random_tensor({5}, 4); // of a layer that has no factors
+    write_adapter_as(folder / "a", tensors, {{"bias", "all"}});
+    must_run(folder, {"convert", "a", "--as", "peft", "--out", "c"});
+    const auto found = read_values(folder / "c/adapter_model.safetensors");
+    REQUIRE(found.size() == tensors.size());
+    for (const auto& [name, x] : tensors) {
+        CAPTURE(name);
+        REQUIRE(found.contains("base_model.model." + name));
+        CHECK(found.at("base_model.model." + name).values == x.values);
+    }
+    CHECK(nlohmann::json::parse(slurp(folder / "c/adapter_config.json"))["bias"] == "all");
+}

@@ -428,7 +428,12 @@ template <arithmetic_element T>
     const std::string base_name =
         options.base_name.empty() ? given(from_mlx ? "model" : "base_model_name_or_path") : options.base_name;
     if (is_peft) {
-        for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
+        for (const auto& [name, tensor] : adapter.wholes) {
+            // The bias of an adapted layer is that of the layer that PEFT has put within it.
+            const auto module = name.substr(0, std::min(name.rfind('.'), name.size()));
+            const bool within = name.ends_with(".bias") && adapter.modules.contains(module);
+            writer.add(std::string(peft_prefix) + (within ? module + ".base_layer.bias" : name), tensor);
+        }
         if (adapter.dialect == adapter_dialect::peft && detail::peft_type_of(adapter.config) == "LORA") {
             for_config.config = adapter.config;
         }
