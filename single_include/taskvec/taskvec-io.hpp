@@ -14763,19 +14763,32 @@ template <arithmetic_element T = float>
             const auto module = parts.find(name.substr(0, name.size() - 2));
             return module != parts.end() && module->second.tensors.emplace(role::magnitude, one.second).second;
         });
-        const auto type = adapter.config.find("fine_tune_type");
+        const auto* const type = detail::peft_fields(adapter.config, config_file).find("fine_tune_type");
         for (const auto& [module, found] : parts) {
-            if (type == adapter.config.end() || *type != "dora" || found.get(role::magnitude)) { continue; }
+            const bool rescaled = found.get(role::magnitude) != nullptr;
+            if (!type || *type == (rescaled ? "dora" : "lora")) { continue; }
             raise<format_error>(error_code::adapter_tensors,
-                message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
-                    " says fine_tune_type dora, which rescales every module by them: save the adapter anew"),
+                *type == "dora"
+                    ? message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
+                          " says fine_tune_type dora, which rescales every module by them: save the adapter anew")
+                    : message("module '", module, "' has ", rescaled ? "magnitudes ('" : "factors",
+                          rescaled ? module + ".m')" : "", ", but ", peft_config_name, " says fine_tune_type ",
+                          detail::peft_fields::shown(*type), ", by which MLX reads none: correct one of them"),
                 where);
         }
     }
     const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
     if (parts.empty() && adapter.copies.empty()) {
         if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
-        raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
+        const auto type = adapter.config.find("fine_tune_type");
+        const bool full = type != adapter.config.end() && *type == "full";
+        raise<format_error>(error_code::adapter_tensors,
+            message("holds no factors of an adapter",
+                full ? message(", as ", peft_config_name,
+                           " says (fine_tune_type full): put its weights into the model with mlx_lm.fuse and go on "
+                           "with that")
+                     : std::string()),
+            where);
     }
 
     std::map<std::string, detail::peft_settings> settings; // by component; all are under "" outside diffusers
@@ -14818,11 +14831,23 @@ template <arithmetic_element T = float>
         const auto number = [&](const char* field) -> std::optional<double> {
             if (given == adapter.config.end() || !given->is_object()) { return std::nullopt; }
             const auto value = given->find(field);
-            return value != given->end() && value->is_number() ? std::optional(value->template get<double>())
-                                                               : std::nullopt;
+            if (value == given->end()) { return std::nullopt; }
+            if (!value->is_number()) {
+                raise<format_error>(error_code::adapter_config,
+                    message(
+                        "lora_parameters.", field, " is ", detail::peft_fields::shown(*value), "; expected a number"),
+                    config_file);
+            }
+            return value->template get<double>();
         };
         mlx_scale = number("scale");
         mlx_rank = number("rank");
+        if (!mlx_scale && !text.empty()) {
+            raise<format_error>(error_code::adapter_config,
+                "has no lora_parameters.scale, by which MLX multiplies every update: add the one that it was trained "
+                "with (mlx_lm trains with 20 unless told otherwise)",
+                config_file);
+        }
     }
     std::size_t other_ranks = 0;
     std::size_t without_alpha = 0;
@@ -14931,7 +14956,12 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),
             " modules at rank 0, to which AdaLoRA has cut them: they change nothing"));
     }
-    if (without_alpha > 0) {
+    if (without_alpha > 0 && *dialect == adapter_dialect::mlx) {
+        adapter.notes.push_back(message(adapter.label, " has no ", peft_config_name,
+            " beside it, whose lora_parameters.scale multiplies every update: the scale is taken to be 1, and mlx_lm "
+            "trains with 20 unless told otherwise"));
+    }
+    else if (without_alpha > 0) {
         adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
             " modules: it is taken to be the rank, a scaling of 1"));
     }

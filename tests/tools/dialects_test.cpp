@@ -362,7 +362,7 @@ TEST_CASE("MLX's embeddings are PEFT's, its layers and ranks are looked at, and 
     no("num_layers is 3, and the adapter has modules of layers 0 to 3");
     configured(R"({"num_layers": "all", "lora_parameters": {"rank": 3, "scale": 0.5}})");
     no("num_layers is \"all\"");
-    configured("{}");
+    configured(R"({"lora_parameters": {"rank": 2, "scale": 1.0}})");
     write_values(folder / "mlx/adapters.safetensors",
         {{first + ".lora_a", random_tensor({4, 2, 6}, 1)}, {first + ".lora_b", random_tensor({4, 5, 2}, 2)}});
     no("updates of experts");
@@ -673,4 +673,39 @@ TEST_CASE("convert keeps trained biases where PEFT looks for them")
         CHECK(found.at("base_model.model." + name).values == x.values);
     }
     CHECK(nlohmann::json::parse(slurp(folder / "c/adapter_config.json"))["bias"] == "all");
+}
+
+TEST_CASE("MLX's scale is a number that is there, and its fine_tune_type what the file holds")
+{
+    const scratch folder;
+    const std::string q = "model.layers.0.q";
+    const auto base = random_tensor({5, 6}, 1), a = random_tensor({6, 2}, 2), b = random_tensor({2, 5}, 3);
+    write_values(folder / "base.safetensors", {{q + ".weight", base}});
+    std::filesystem::create_directories(folder / "m");
+    const auto attempt = [&](const std::string& config, const values_model& more, const std::string& part) {
+        values_model tensors{{q + ".lora_a", a}, {q + ".lora_b", b}};
+        tensors.insert(more.begin(), more.end());
+        write_values(folder / "m/adapters.safetensors", tensors);
+        write_text(folder / "m/adapter_config.json", config);
+        refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "m", "--out", "out.safetensors"}, 1, part);
+    };
+    attempt(
+        R"({"lora_parameters": {"rank": 2, "scale": "10"}})", {}, "lora_parameters.scale is \"10\"; expected a number");
+    attempt(R"({"lora_parameters": {"rank": 2, "dropout": 0.0}})", {}, "has no lora_parameters.scale");
+    attempt(R"({"num_layers": 1})", {}, "has no lora_parameters.scale");
+    const values_model magnitudes{{q + ".m", random_tensor({5}, 4)}};
+    attempt(R"({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0}})", magnitudes,
+        "has magnitudes ('" + q + ".m'), but adapter_config.json says fine_tune_type \"lora\"");
+    attempt(R"({"fine_tune_type": "full"})", {}, "has factors, but adapter_config.json says fine_tune_type \"full\"");
+    write_values(folder / "m/adapters.safetensors", {{q + ".weight", random_tensor({5, 6}, 5)}});
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "m", "--out", "out.safetensors"}, 1,
+        "as adapter_config.json says (fine_tune_type full)");
+    // The tensors alone say no scale.
+    write_values(folder / "alone.safetensors", {{q + ".lora_a", a}, {q + ".lora_b", b}});
+    const auto alone = must_run(
+        folder, {"fuse", "--base", "base.safetensors", "--adapter", "alone.safetensors", "--out", "out.safetensors"});
+    CHECK(alone.err.find("the scale is taken to be 1, and mlx_lm trains with 20") != std::string::npos);
+    check_changed(read_values(folder / "out.safetensors").at(q + ".weight"), base, [&](std::size_t index) {
+        return entry(a, index % 6, 0) * entry(b, 0, index / 6) + entry(a, index % 6, 1) * entry(b, 1, index / 6);
+    });
 }
