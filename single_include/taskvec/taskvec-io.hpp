@@ -12947,6 +12947,108 @@ void check_lora_initialization(
     }
 }
 
+/// Whether a field that names modules names one: by a regular expression of the whole name, or by a list of names and
+/// their dotted ends. Nothing where that cannot be told: the field is absent, empty, of PEFT's own words
+/// ("all-linear"), or an expression that is not understood here.
+[[nodiscard]] inline std::optional<bool> names_module(
+    const peft_fields& fields, const char* field, const std::string& module)
+{
+    const auto* const given = fields.find(field);
+    if (!given || !fields.says_something(field)) { return std::nullopt; }
+    if (given->is_string()) {
+        const auto& text = given->get_ref<const std::string&>();
+        if (text == "all-linear") { return std::nullopt; }
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+        try {
+            return name_pattern(text).matches(module);
+        }
+        catch (const invalid_argument&) { // Python's expressions know more
+            return std::nullopt;
+        }
+#else
+        return name_pattern(text).matches(module);
+#endif
+    }
+    if (!given->is_array()) { return std::nullopt; }
+    return std::any_of(given->begin(), given->end(), [&](const auto& one) {
+        if (!one.is_string()) { return false; }
+        const auto& name = one.template get_ref<const std::string&>();
+        return module == name || module.ends_with("." + name);
+    });
+}
+/// The number of the layer that a module is in, to PEFT: that behind the first of the lists `layers_pattern` names, or,
+/// where it names none, behind whatever comes second in the name.
+[[nodiscard]] inline std::optional<std::int64_t> layer_for_peft(
+    const nlohmann::json* layers_pattern, const std::string& module)
+{
+    std::vector<std::string> lists;
+    if (layers_pattern && layers_pattern->is_string()) { lists.push_back(layers_pattern->get<std::string>()); }
+    for (std::size_t i = 0; layers_pattern && layers_pattern->is_array() && i < layers_pattern->size(); ++i) {
+        if ((*layers_pattern)[i].is_string()) { lists.push_back((*layers_pattern)[i].get<std::string>()); }
+    }
+    std::erase(lists, "");
+    const auto number_before = [&](const std::string& list) -> std::optional<std::int64_t> {
+        for (std::size_t dot = module.find('.'); dot != module.npos; dot = module.find('.', dot + 1)) {
+            const auto end = module.find('.', dot + 1);
+            if (end == module.npos) { break; }
+            const auto digits = module.substr(dot + 1, end - dot - 1);
+            const std::string_view before = std::string_view(module).substr(0, dot);
+            const bool there =
+                list.empty() ? before.find('.') != before.npos : before == list || before.ends_with("." + list);
+            if (there && !digits.empty() && digits.size() < 10
+                && digits.find_first_not_of("0123456789") == digits.npos) {
+                return std::stoll(digits);
+            }
+        }
+        return std::nullopt;
+    };
+    if (lists.empty()) { return number_before(""); }
+    for (const auto& list : lists) {
+        if (const auto number = number_before(list)) { return number; }
+    }
+    return std::nullopt;
+}
+/// The modules of an adapter's file that PEFT does nothing with, as the configuration leaves them out: by
+/// exclude_modules, by target_modules that do not name them, or by layers_to_transform. `is_parameter(module)`: those
+/// of target_parameters are none of these. Empty where target_modules names none at all: the names are then another
+/// model's, and PEFT loads nothing of it.
+template <class IsParameter>
+[[nodiscard]] std::vector<std::string> modules_left_out(
+    const nlohmann::json& config, const std::vector<std::string>& modules, const IsParameter& is_parameter)
+{
+    const std::string nowhere;
+    const peft_fields fields(config, nowhere);
+    std::set<std::int64_t> layers;
+    if (const auto* const given = fields.find("layers_to_transform")) {
+        const auto add = [&](const nlohmann::json& one) {
+            if (one.is_number_integer()) { layers.insert(one.template get<std::int64_t>()); }
+        };
+        if (given->is_array()) { std::for_each(given->begin(), given->end(), add); }
+        else {
+            add(*given);
+        }
+    }
+    const auto* const targets = fields.find("target_modules");
+    std::vector<std::string> out;
+    bool any = false;
+    for (const auto& module : modules) {
+        if (is_parameter(module)) { continue; }
+        const auto named = names_module(fields, "target_modules", module);
+        bool in = named.value_or(true);
+        any = any || in;
+        if (names_module(fields, "exclude_modules", module).value_or(false)) { in = false; }
+        const bool by_whole_name =
+            targets && targets->is_array() && std::find(targets->begin(), targets->end(), module) != targets->end();
+        const bool by_list = !targets || targets->is_array();
+        if (in && by_list && !by_whole_name && !layers.empty()) {
+            const auto layer = layer_for_peft(fields.find("layers_pattern"), module);
+            in = layer && layers.contains(*layer);
+        }
+        if (!in) { out.push_back(module); }
+    }
+    return any ? out : std::vector<std::string>();
+}
+
 /// Refuses by name whatever is not a plain low-rank update.
 inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
 {
@@ -14947,6 +15049,19 @@ template <arithmetic_element T = float>
     }
     for (const auto& one : settings) { one.second.check_used(); }
     parameters.check_used();
+    if (peft_config) {
+        const auto out = detail::modules_left_out(adapter.config, stored_modules, [&](const std::string& module) {
+            return !parameters.of(module).empty(); // of target_parameters
+        });
+        for (const auto& module : out) { adapter.modules.erase(module); }
+        if (!out.empty()) {
+            adapter.notes.push_back(
+                message("factors of ", out.size(), " of ", parts.size(), " modules in ", adapter.label, " ('",
+                    out.front(), out.size() > 1 ? "', …" : "'", ") are left out, as PEFT does: ", peft_config_name,
+                    " leaves these modules out (target_modules, exclude_modules or "
+                    "layers_to_transform)"));
+        }
+    }
     if (other_ranks > 0) {
         adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
             " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,

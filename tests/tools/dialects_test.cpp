@@ -709,3 +709,54 @@ TEST_CASE("MLX's scale is a number that is there, and its fine_tune_type what th
         return entry(a, index % 6, 0) * entry(b, 0, index / 6) + entry(a, index % 6, 1) * entry(b, 1, index / 6);
     });
 }
+
+TEST_CASE("what PEFT's configuration leaves out of the modules of a file changes nothing")
+{
+    const scratch folder;
+    const std::vector<std::string> modules{"model.layers.0.q", "model.layers.1.k", "model.layers.1.q"};
+    values_model base, tensors;
+    unsigned seed = 1;
+    for (const auto& module : modules) {
+        base[module + ".weight"] = random_tensor({6, 6}, seed++);
+        tensors.merge(factors(module, 6, 6, 10 * seed));
+    }
+    write_values(folder / "base.safetensors", base);
+    const std::vector<std::string> line{
+        "fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "out.safetensors"};
+    const auto left = [&](const std::string& config) { // modules that stay as the base has them
+        write_adapter_as(folder / "a", tensors, nlohmann::json::parse(config));
+        const auto result = must_run(folder, line);
+        std::vector<std::string> names;
+        for (const auto& [name, x] : read_values(folder / "out.safetensors")) {
+            if (x.values == base.at(name).values) { names.push_back(name.substr(0, name.size() - 7)); }
+        }
+        CHECK((result.err.find("factors of " + std::to_string(names.size()) + " of 3 modules in 'a'")
+                  != std::string::npos)
+            == !names.empty());
+        return names;
+    };
+    using list = std::vector<std::string>;
+    CHECK(left(R"({})").empty());
+    CHECK(left(R"({"target_modules": ["q", "k"]})").empty());
+    CHECK(left(R"({"target_modules": "all-linear"})").empty());
+    CHECK(left(R"({"target_modules": ["q"]})") == list{"model.layers.1.k"});
+    CHECK(left(R"({"target_modules": ["model.layers.0.q", "k"]})") == list{"model.layers.1.q"});
+    CHECK(left(R"({"target_modules": ".*\\.q"})") == list{"model.layers.1.k"});
+    CHECK(left(R"({"target_modules": "q"})").empty()); // names none of them: another model's names
+    CHECK(left(R"({"target_modules": ["q", "k"], "exclude_modules": ["layers.1.q"]})") == list{"model.layers.1.q"});
+    CHECK(left(R"({"target_modules": ["q", "k"], "exclude_modules": "model\\.layers\\.1.*"})")
+        == list{"model.layers.1.k", "model.layers.1.q"});
+    CHECK(left(R"({"target_modules": ["q", "k"], "layers_to_transform": 0})")
+        == list{"model.layers.1.k", "model.layers.1.q"});
+    CHECK(left(R"({"target_modules": ["q", "k"], "layers_to_transform": [1], "layers_pattern": "layers"})")
+        == list{"model.layers.0.q"});
+    // A module that is named whole is one of them, whatever its layer.
+    CHECK(left(R"({"target_modules": ["model.layers.0.q", "k"], "layers_to_transform": [1]})")
+        == list{"model.layers.1.q"});
+    write_adapter_as(folder / "a", tensors,
+        nlohmann::json::parse(R"({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": ["h"]})"));
+    std::filesystem::remove(folder / "out.safetensors");
+    auto quiet = line;
+    quiet.push_back("--quiet");
+    refused(folder, quiet, 1, "no module of the adapters is left");
+}

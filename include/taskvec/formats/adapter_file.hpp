@@ -1131,6 +1131,19 @@ template <arithmetic_element T = float>
     }
     for (const auto& one : settings) { one.second.check_used(); }
     parameters.check_used();
+    if (peft_config) {
+        const auto out = detail::modules_left_out(adapter.config, stored_modules, [&](const std::string& module) {
+            return !parameters.of(module).empty(); // of target_parameters
+        });
+        for (const auto& module : out) { adapter.modules.erase(module); }
+        if (!out.empty()) {
+            adapter.notes.push_back(
+                message("factors of ", out.size(), " of ", parts.size(), " modules in ", adapter.label, " ('",
+                    out.front(), out.size() > 1 ? "', …" : "'", ") are left out, as PEFT does: ", peft_config_name,
+                    " leaves these modules out (target_modules, exclude_modules or "
+                    "layers_to_transform)"));
+        }
+    }
     if (other_ranks > 0) {
         adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
             " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,
