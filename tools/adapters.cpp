@@ -77,6 +77,28 @@ void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlo
     config["modules_to_save"] = nullptr;
 }
 
+void note_modules_not_saved(const run_options& run, const nlohmann::json& config,
+    const std::map<std::string, taskvec::peft_tensor>& tensors, const std::string& label)
+{
+    const auto saved = config.find("modules_to_save");
+    if (saved == config.end() || !saved->is_array()) { return; }
+    const auto there = [&](const std::string& module) {
+        return std::any_of(tensors.begin(), tensors.end(),
+            [&](const auto& one) { return ("." + one.first).find("." + module + ".") != std::string::npos; });
+    };
+    for (const auto& one : *saved) {
+        if (!one.is_string()) { continue; }
+        const auto& module = one.get_ref<const std::string&>();
+        // PEFT names both heads of classifiers, of which a model has one.
+        const bool other = (module == "score" && there("classifier")) || (module == "classifier" && there("score"));
+        if (other || there(module)) { continue; }
+        note(run,
+            "modules_to_save of " + label + " names '" + printable(module)
+                + "', and the file holds nothing of it: in what is written PEFT finds none either, and takes the "
+                  "base's or a new one");
+    }
+}
+
 taskvec::rank_choice rank_settings::choice() const
 {
     if (!given()) { throw usage_error("give --rank Q or --energy E"); }

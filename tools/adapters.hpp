@@ -90,6 +90,11 @@ void in_precision(bool wide, F&& f)
 /// announces.
 void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlohmann::json& config);
 
+/// Notes modules that a configuration says were trained whole (modules_to_save), where none of `tensors`, which came
+/// with the factors, is of them.
+void note_modules_not_saved(const run_options& run, const nlohmann::json& config,
+    const std::map<std::string, taskvec::peft_tensor>& tensors, const std::string& label);
+
 /// Throws, naming the verb that goes on, for an adapter of another dialect than PEFT's: a file, or a directory of
 /// another one's names.
 void check_peft_directory(const fs::path& path);
@@ -105,6 +110,7 @@ template <class T>
             .fold_word = "fold it into its base (taskvec fuse), and take a LoRA of the result (taskvec extract-lora)",
             .convert_word = "write it as the LoRA that it equals (taskvec convert --as peft)"});
     if (settings.modules_to_save == "drop") { drop_whole_modules(adapter.others, adapter.config); }
+    note_modules_not_saved(settings.run, adapter.config, adapter.others, in_quotes(directory));
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {
             if (std::isfinite(value(i))) { continue; }

@@ -99,6 +99,7 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
 {
     auto adapter = taskvec::read_adapter<T>(given.in);
     for (const auto& text : adapter.notes) { tool::note(given.run, text); }
+    tool::note_modules_not_saved(given.run, adapter.config, adapter.wholes, adapter.label);
     const std::string from(taskvec::to_string(adapter.dialect));
     const auto dialect = dialect_of(given.as);
     const bool to_gguf = dialect == taskvec::adapter_dialect::gguf;

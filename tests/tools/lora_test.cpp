@@ -1715,3 +1715,26 @@ TEST_CASE("extract-lora factors embeddings of further names, and names those of 
     CHECK(told.err.find("called as embeddings are") == std::string::npos);
     CHECK(shapes_in(folder / "out").contains("model.tile_embed.lora_embedding_A"));
 }
+
+TEST_CASE("modules that a configuration says were saved whole, and the file lacks, are named by every verb")
+{
+    const scratch folder;
+    auto given = three_layers();
+    given.config = {{"modules_to_save", {"head"}}};
+    taskvec::write_peft(folder / "a", given);
+    for (const auto& line : {std::vector<std::string>{"merge-lora", "--adapter", "a", "--modules-to-save"},
+             {"peru-lora", "--adapter", "a", "--rank", "1", "--modules-to-save"}, {"convert", "a", "--as", "peft"}}) {
+        CAPTURE(line[0]);
+        const auto result = run(folder, with(line, {"--out", "out"}));
+        CHECK(result.code == 0);
+        CHECK(result.err.find("modules_to_save of 'a' names 'head', and the file holds nothing of it")
+            != std::string::npos);
+    }
+    // PEFT names two heads of classifiers, of which a model has one.
+    given.config = {{"modules_to_save", {"classifier", "score"}}};
+    given.others["score.weight"] = {taskvec::dtype::f32, {1}, std::vector<std::byte>(4)};
+    taskvec::write_peft(folder / "b", given);
+    const auto result = run(folder, {"merge-lora", "--adapter", "b", "--modules-to-save", "--out", "out"});
+    CHECK(result.code == 0);
+    CHECK(result.err.find("holds nothing of it") == std::string::npos);
+}
