@@ -273,6 +273,15 @@ bool is_read_past_its_module(const nlohmann::json& config, std::string_view modu
     return false;
 }
 
+bool is_router(const nlohmann::json& config, const taskvec::const_model_ref& model, std::string_view module)
+{
+    const auto dot = module.rfind('.');
+    if (dot == module.npos || !(module.ends_with(".gate") || module.ends_with(".router"))) { return false; }
+    if (model_type(config).starts_with("llama4")) { return false; } // a linear layer, under another name
+    const auto experts = std::string(module.substr(0, dot)) + ".experts.";
+    return std::any_of(model.begin(), model.end(), [&](const auto& entry) { return entry.name.starts_with(experts); });
+}
+
 std::optional<int> transformers_version(const nlohmann::json& config)
 {
     const auto version = config.find("transformers_version");

@@ -40,6 +40,11 @@ struct tied_matrix {
 /// module, call it with other than its indices, or look at more of it than PEFT shows: PEFT cannot adapt it.
 [[nodiscard]] bool is_read_past_its_module(const nlohmann::json& config, std::string_view module);
 
+/// Whether a module is the router of a mixture of experts, by its name and the experts beside it: transformers 5 keeps
+/// its weight as a bare parameter, and PEFT cannot adapt it there.
+[[nodiscard]] bool is_router(
+    const nlohmann::json& config, const taskvec::const_model_ref& model, std::string_view module);
+
 /// The major version of transformers that wrote a configuration; nothing where it does not say.
 [[nodiscard]] std::optional<int> transformers_version(const nlohmann::json& config);
 /// What transformers 5 calls a module of a model of this configuration that is called so in files; the name itself

@@ -93,14 +93,20 @@ struct module_names {
     }
 };
 
+/// The version of transformers that the adapter is for: that of the installation which wrote the fine-tuned model.
+std::optional<int> version_of_library(const extract_lora_settings& given)
+{
+    const auto version =
+        given.task.empty() ? std::nullopt : tool::transformers_version(tool::config_beside(given.task));
+    return version ? version : tool::transformers_version(tool::config_beside(given.base));
+}
+
 module_names names_of_modules(const extract_lora_settings& given, const taskvec::checkpoint& base)
 {
     module_names names;
     names.config = tool::config_beside(given.base);
     names.tie = tool::tied_matrix_of(names.config, base.model());
-    // The installation that the adapter is for is the one that wrote the fine-tuned model.
-    auto version = tool::transformers_version(given.task.empty() ? names.config : tool::config_beside(given.task));
-    if (!version) { version = tool::transformers_version(names.config); }
+    const auto version = version_of_library(given);
     if (version.value_or(5) >= 5) { names.copies = names.tie.copies; }
     std::string example;
     for (const auto& [name, tensor] : base.model()) {
@@ -143,12 +149,15 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     const auto is_own_embedding = tool::name_matcher(patterns, "--embedding");
     patterns.emplace_back(known_embeddings);
     const auto is_embedding = tool::name_matcher(patterns, "--embedding");
+    // A library that has them as layers writes routers among the factors, as other modules.
+    const bool bare_routers = version_of_library(given).value_or(4) >= 5;
     auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
         {.rank = given.rank.choice(),
             .include = tool::name_filter(given.include, given.exclude),
             .layers =
                 [&](std::string_view name) {
                     const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
+                    if (bare_routers && tool::is_router(config, base.model(), module)) { return false; }
                     return !tool::is_read_past_its_module(config, module) || is_own_embedding(module);
                 },
             .base_label = "'" + given.base + "'",
@@ -211,8 +220,25 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         tool::note(given.run,
             "'" + expert->first
                 + "' is one of the experts that transformers 5 keeps as one parameter, where PEFT does not find it: "
-                  "fold "
-                  "the adapter by 'taskvec fuse', or leave experts out by --exclude '\\.experts\\.'");
+                  "fold the adapter by 'taskvec fuse', or leave experts out by --exclude '\\.experts\\.'");
+    }
+    const auto router = std::find_if(found.adapter.begin(), found.adapter.end(),
+        [&](const auto& one) { return tool::is_router(config, base.model(), one.first); });
+    if (router != found.adapter.end()) {
+        tool::note(given.run,
+            "'" + router->first
+                + "' is the router of a mixture of experts, which transformers 5 keeps as a parameter: PEFT loads the "
+                  "adapter there if routers are left out, by --exclude '\\.(gate|router)\\.weight$'");
+    }
+    const auto routers = std::count_if(found.left_out.begin(), found.left_out.end(), [&](const std::string& name) {
+        return bare_routers && name.ends_with(".weight")
+            && tool::is_router(config, base.model(), std::string_view(name).substr(0, name.size() - 7));
+    });
+    if (routers > 0) {
+        tool::note(given.run,
+            tool::counted(static_cast<std::uint64_t>(routers), "router")
+                + " of the mixtures of experts left out: transformers 5, which wrote the configuration, keeps them as "
+                  "parameters that PEFT cannot adapt; --sparse-rest keeps their changes");
     }
     const auto names = names_of_modules(given, base);
     const auto& tie = names.tie;

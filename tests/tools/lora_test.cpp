@@ -1738,3 +1738,28 @@ TEST_CASE("modules that a configuration says were saved whole, and the file lack
     CHECK(result.code == 0);
     CHECK(result.err.find("holds nothing of it") == std::string::npos);
 }
+
+TEST_CASE("extract-lora leaves routers out where transformers 5 keeps them as parameters, and names them otherwise")
+{
+    for (const std::string router : {"model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"}) {
+        const auto experts = router.substr(0, router.rfind('.')) + ".experts.0.w1";
+        for (const std::string version : {"5.1.0", "4.57.1"}) {
+            CAPTURE(router + " " + version);
+            const scratch folder;
+            write_directories(folder,
+                {{router + ".weight", tensor(3, 4, 1)}, {experts + ".weight", tensor(4, 4, 2)},
+                    {"model.layers.0.gate.weight", tensor(4, 4, 3)}}, // no experts beside it
+                R"({"torch_dtype": "float32", "transformers_version": ")" + version + "\"}");
+            const auto made = run(folder, extract_directory);
+            REQUIRE(made.code == 0);
+            const auto found = shapes_in(folder / "out");
+            const bool kept = version.starts_with("4");
+            CHECK(found.contains(router + ".lora_A.weight") == kept);
+            CHECK(found.contains("model.layers.0.gate.lora_A.weight"));
+            CHECK(made.err.find(kept ? "is the router of a mixture of experts" : "1 router of the mixtures of experts")
+                != std::string::npos);
+            CHECK((made.err.find("left out: '" + router + ".weight' changed") != std::string::npos) == !kept);
+            if (kept) { check_put_back(folder); }
+        }
+    }
+}
