@@ -94,6 +94,34 @@ taskvec::gguf_target target_of(const taskvec::adapter_contents<T>& adapter, cons
     return taskvec::gguf_target_of(config, (model / "config.json").string());
 }
 
+/// What the result takes for granted of modules of which neither their names nor a base say more.
+template <class T>
+void note_guesses(
+    const taskvec::adapter_contents<T>& adapter, const convert_settings& given, taskvec::adapter_dialect dialect)
+{
+    std::vector<std::string> flat, bare;
+    for (const auto& [module, made] : adapter.modules) {
+        const bool of_products = made.kind == "LoHa" || made.kind == "LoKr";
+        if (given.base.empty() && of_products && made.kernel.empty()) { flat.push_back(module); }
+        if (!taskvec::names_component(module)) { bare.push_back(module); }
+    }
+    const auto them = [](const std::vector<std::string>& modules) {
+        return "'" + tool::printable(modules.front()) + "'"
+            + (modules.size() > 1 ? " and " + std::to_string(modules.size() - 1) + " more" : "");
+    };
+    const auto of_them = [](const std::vector<std::string>& modules) { return modules.size() > 1 ? "are" : "is"; };
+    if (!flat.empty()) {
+        tool::note(given.run,
+            "factors of LoHa and LoKr do not say whether a module is a convolution: " + them(flat) + " " + of_them(flat)
+                + " taken for linear layers; --base says what they are");
+    }
+    if (dialect == taskvec::adapter_dialect::diffusers && !bare.empty()) {
+        tool::note(given.run,
+            "nothing says which part of a pipeline " + them(bare) + " " + of_them(bare)
+                + " of: it is called the UNet's (unet.), and diffusers finds it in no other model");
+    }
+}
+
 template <class T>
 void convert(const convert_settings& given, const tool::runner& run, std::uint64_t bytes_read)
 {
@@ -123,6 +151,7 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
         .target = to_gguf ? target_of(adapter, given) : taskvec::gguf_target(),
         .base_name = given.words.base_name,
         .task_type = given.words.task_type};
+    note_guesses(adapter, given, dialect);
     const auto made = taskvec::converted_adapter(adapter, dialect, options);
     if (dialect == taskvec::adapter_dialect::peft) {
         std::size_t highest = 0;

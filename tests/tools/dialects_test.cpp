@@ -760,3 +760,51 @@ TEST_CASE("what PEFT's configuration leaves out of the modules of a file changes
     quiet.push_back("--quiet");
     refused(folder, quiet, 1, "no module of the adapters is left");
 }
+
+TEST_CASE("convert tells the parts of pipelines apart by names, and says what it takes for granted")
+{
+    const scratch folder;
+    const auto names = [&](const std::string& adapter, const std::string& dialect) {
+        must_run(folder, {"convert", adapter, "--as", dialect, "--out", "c.safetensors"});
+        std::vector<std::string> found;
+        for (const auto& one : read_values(folder / "c.safetensors")) { found.push_back(one.first); }
+        return found;
+    };
+    using list = std::vector<std::string>;
+    // Flux and Stable Diffusion 3 are transformers, and no UNet.
+    write_adapter_as(folder / "flux", factors("single_transformer_blocks.0.attn.to_k", 4, 4, 1));
+    const std::string flux = "transformer.single_transformer_blocks.0.attn.to_k.lora";
+    CHECK(names("flux", "diffusers") == list{flux + ".down.weight", flux + ".up.weight"});
+    write_adapter_as(folder / "unet", factors("down_blocks.0.attn.to_k", 4, 4, 1));
+    CHECK(names("unet", "diffusers").front() == "unet.down_blocks.0.attn.to_k.lora.down.weight");
+    write_adapter_as(folder / "llm", factors("model.layers.0.q", 4, 4, 1));
+    const auto guessed = must_run(folder, {"convert", "llm", "--as", "diffusers", "--out", "out.safetensors"});
+    CHECK(guessed.err.find("nothing says which part of a pipeline 'model.layers.0.q' is of") != std::string::npos);
+    // kohya's names of them, which are read back.
+    const std::string q = "transformer_blocks.0.attn.to_q";
+    write_values(folder / "base.safetensors", {{q + ".weight", random_tensor({4, 4}, 5)}});
+    write_adapter_as(folder / "t", factors("transformer." + q, 4, 4, 1), {}, "");
+    CHECK(names("t", "kohya").front() == "lora_transformer_transformer_blocks_0_attn_to_q.alpha");
+    const auto fused = fused_model(folder, "t");
+    CHECK(same(fused_model(folder, "c.safetensors"), fused));
+    must_run(folder, {"convert", "c.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "back"});
+    CHECK(same(fused_model(folder, "back"), fused));
+    write_adapter_as(folder / "t5", factors("text_encoder_3.encoder.block.0.q", 4, 4, 1), {}, "");
+    CHECK(names("t5", "kohya").front() == "lora_te3_encoder_block_0_q.alpha");
+    write_adapter_as(folder / "second", factors("transformer_2.blocks.0.q", 4, 4, 1), {}, "");
+    refused(folder, {"convert", "second", "--as", "kohya", "--out", "no.safetensors"}, 1,
+        "kohya's names have no word for 'transformer_2'");
+    // Flat factors of LoHa may be a convolution's.
+    values_model loha;
+    for (const std::string part : {"w1_a", "w2_a"}) { loha["c.hada_" + part] = random_tensor({6, 2}, 1); }
+    for (const std::string part : {"w1_b", "w2_b"}) { loha["c.hada_" + part] = random_tensor({2, 36}, 2); }
+    write_adapter_as(folder / "loha", loha, {{"peft_type", "LOHA"}, {"alpha", 1}});
+    write_values(folder / "base.safetensors", {{"c.weight", random_tensor({6, 4, 3, 3}, 3)}});
+    const auto flat = must_run(folder, {"convert", "loha", "--as", "peft", "--out", "flat"});
+    CHECK(flat.err.find("'c' is taken for linear layers; --base says what they are") != std::string::npos);
+    const auto told =
+        must_run(folder, {"convert", "loha", "--as", "peft", "--base", "base.safetensors", "--out", "told"});
+    CHECK(told.err.find("--base says") == std::string::npos);
+    CHECK(read_values(folder / "told/adapter_model.safetensors").at("base_model.model.c.lora_A.weight").shape
+        == taskvec::extents{4, 4, 3, 3});
+}

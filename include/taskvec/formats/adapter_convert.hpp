@@ -137,14 +137,30 @@ void check_finite_factors(const adapter_contents<T>& adapter)
 /// Whether a module is called as kohya calls them, dots being underscores.
 [[nodiscard]] inline bool is_kohya_name(std::string_view module) noexcept
 {
-    return module.starts_with("lora_unet_") || module.starts_with("lora_te") || module.starts_with("lycoris_")
-        || module.starts_with("lora_transformer_");
+    return !kohya_component_of(module).prefix.empty();
+}
+/// The component of diffusers' that a module without one is of, by the parts that models there are made of; empty:
+/// nothing tells.
+[[nodiscard]] inline std::string_view component_by_parts(std::string_view module) noexcept
+{
+    const auto first = module.substr(0, module.find('.'));
+    if (first == "text_model") { return "text_encoder"; }
+    for (const std::string_view part : {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out",
+             "time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj"}) {
+        if (first == part) { return "unet"; }
+    }
+    for (const std::string_view part : {"transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks",
+             "x_embedder", "context_embedder", "time_text_embed", "caption_projection", "adaln_single"}) {
+        if (first == part) { return "transformer"; }
+    }
+    return {};
 }
 /// A module's name with its component, for diffusers: that of a UNet where nothing says another.
 [[nodiscard]] inline std::string diffusers_name(const std::string& module)
 {
     if (!component_of(module).empty()) { return module; }
-    return (module.starts_with("text_model.") ? "text_encoder." : "unet.") + module;
+    const auto component = component_by_parts(module);
+    return std::string(component.empty() ? std::string_view("unet") : component) + "." + module;
 }
 /// The module's name in its component's model, without what some versions of transformers put before it.
 [[nodiscard]] inline std::string name_in_component(const std::string& with_component)
@@ -154,19 +170,26 @@ void check_finite_factors(const adapter_contents<T>& adapter)
     if (name.starts_with(encoder)) { name.erase(0, encoder.size()); }
     return name;
 }
+/// What kohya's names of a component of diffusers' begin with; empty: it has none. A single text encoder's have no
+/// number.
+[[nodiscard]] inline std::string_view kohya_prefix(std::string_view component, bool several_encoders) noexcept
+{
+    if (component == "text_encoder" && !several_encoders) { return "lora_te_"; }
+    for (const auto& one : kohya_components) {
+        if (one.diffusers == component) { return one.prefix; }
+    }
+    return {};
+}
 /// A module's name for kohya: its component, and underscores.
 [[nodiscard]] inline std::string kohya_name(std::string module, bool several_encoders)
 {
     if (is_kohya_name(module)) { return module; }
     std::string prefix = "lora_unet_";
-    const auto off = [&](std::string_view component, const char* on) {
-        if (!module.starts_with(component)) { return false; }
-        module.erase(0, component.size());
-        prefix = on;
-        return true;
-    };
-    if (!off("unet.", "lora_unet_") && !off("text_encoder_2.", "lora_te2_")
-        && !off("text_encoder.", several_encoders ? "lora_te1_" : "lora_te_") && module.starts_with("text_model.")) {
+    if (const auto component = component_of(module); !component.empty()) {
+        prefix = kohya_prefix(component, several_encoders);
+        module.erase(0, component.size() + 1);
+    }
+    else if (module.starts_with("text_model.")) {
         prefix = "lora_te_";
     }
     std::replace(module.begin(), module.end(), '.', '_');
@@ -174,6 +197,16 @@ void check_finite_factors(const adapter_contents<T>& adapter)
 }
 
 } // namespace detail
+
+/// Whether a module's name says which model of a pipeline it is of: by the component before it, as diffusers or kohya
+/// call that, or by its first word. Of others converted_adapter() makes the UNet's.
+///
+///     names_component("transformer_blocks.0.attn.to_q") // true
+[[nodiscard]] inline bool names_component(std::string_view module) noexcept
+{
+    return !detail::component_of(module).empty() || !detail::component_by_parts(module).empty()
+        || detail::is_kohya_name(module);
+}
 
 /// What of an adapter a dialect has no place for, in the order of its names; empty: it holds all. converted_adapter()
 /// refuses the first.
@@ -229,6 +262,10 @@ template <arithmetic_element T>
             lose(name,
                 "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
                 "its base does");
+        }
+        const auto component = detail::component_of(module);
+        if (dialect == adapter_dialect::kohya && !component.empty() && detail::kohya_prefix(component, true).empty()) {
+            lose(name, message("kohya's names have no word for '", component, "'"));
         }
         if ((to_diffusers || dialect == adapter_dialect::kohya) && made.embedding) { lose(name, "it is an embedding"); }
         if (!is_peft && made.bias.rank() > 0) { lose("the bias of " + name, "it has no place there"); }
@@ -302,8 +339,9 @@ template <arithmetic_element T>
     written_adapter out;
     detail::adapter_writer writer(out, options.on_overflow);
     const bool is_peft = dialect == adapter_dialect::peft;
-    const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(),
-        [](const auto& one) { return one.first.starts_with("text_encoder_2."); });
+    const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(), [](const auto& one) {
+        return one.first.starts_with("text_encoder_2.") || one.first.starts_with("text_encoder_3.");
+    });
     const auto& leading = adapter.modules.begin()->second.update;
     double mlx_scale = 1;
     std::size_t mlx_rank = 0;

@@ -934,10 +934,8 @@ template <arithmetic_element T = float>
                 message("tensor '", entry.name, "' is the second such factor of its module"), where);
         }
     }
-    const bool underscored = std::any_of(parts.begin(), parts.end(), [](const auto& one) {
-        return one.first.starts_with("lora_unet_") || one.first.starts_with("lora_te")
-            || one.first.starts_with("lycoris_") || one.first.starts_with("lora_transformer_");
-    });
+    const bool underscored = std::any_of(parts.begin(), parts.end(),
+        [](const auto& one) { return !detail::kohya_component_of(one.first).prefix.empty(); });
     if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
     adapter.dialect = *dialect;
     if (*dialect == adapter_dialect::mlx) { // its DoRA keeps the magnitudes of a module as MODULE.m
