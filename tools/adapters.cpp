@@ -137,7 +137,13 @@ void check_peft_directory(const fs::path& path)
     check_no_hub_cache(path);
     const bool directory = fs::is_directory(path, ignored);
     if (!directory && !fs::exists(path, ignored)) { return; } // which read_peft() says
-    if (directory && (fs::exists(taskvec::peft_tensor_file(path), ignored) || !is_adapter(path))) { return; }
+    if (directory && (fs::exists(taskvec::peft_tensor_file(path), ignored) || !is_adapter(path))) {
+        if (!directory || fs::exists(path / taskvec::peft_config_name, ignored) || !is_adapter(path)) { return; }
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
+            "no such file beside the adapter's tensors: fetch it, or write one by 'taskvec convert --as peft', which "
+            "takes the scaling for 1 where nothing says another",
+            (path / taskvec::peft_config_name).string(), ENOENT);
+    }
     taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
         directory
             ? "holds an adapter of diffusers or MLX, and PEFT's are read here: convert it first (taskvec convert "

@@ -12932,12 +12932,13 @@ inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_
 /// Refuses an initialisation of LoRA that is not one of those that leave the base as it is (pissa, olora, corda, loftq,
 /// lora_ga … change it), by refuse(what, why).
 template <class Refuse>
-void check_lora_initialization(
-    const peft_fields& fields, std::initializer_list<std::string_view> harmless, const Refuse& refuse)
+void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
 {
     const auto* const init = fields.find("init_lora_weights");
     if (!init || !init->is_string()) { return; }
     const auto& name = init->get_ref<const std::string&>();
+    // MiCA and VeLoRA change how an adapter is trained, and not the base.
+    constexpr std::array<std::string_view, 5> harmless{"gaussian", "eva", "orthogonal", "mica", "velora"};
     if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
         refuse(message("init_lora_weights is '", name, "'"),
             "such an initialisation changes the base weights, by a residual that the adapter does not hold, so that it "
@@ -13072,17 +13073,11 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
         refuse(what, "another kind of adapter");
     }
 
-    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal"}, refuse);
+    // The configurations of initialisations that change the base stay where PEFT has saved them converted.
+    check_lora_initialization(fields, refuse);
     if (fields.says_something("use_dora")) { refuse_to(options.fold_word, "use_dora", "DoRA rescales the weights"); }
     if (fields.says_something("lora_bias")) {
         refuse_to(options.fold_word, "lora_bias", "the update has a bias of its own");
-    }
-    constexpr std::array<std::pair<const char*, std::string_view>, 4> refused{
-        {{"corda_config", "CorDA changes the base weights"}, {"lora_ga_config", "LoRA-GA changes the base weights"},
-            {"loftq_config", "LoftQ changes the base weights"},
-            {"velora_config", "a configuration that is not known here"}}};
-    for (const auto& [field, why] : refused) {
-        if (fields.says_something(field)) { refuse(field, why); }
     }
     if (fields.says_something("target_parameters")) {
         refuse_to(options.fold_word, "target_parameters", "bare parameters are adapted");
@@ -13224,7 +13219,7 @@ template <arithmetic_element T = float>
         if (!name.starts_with(peft_prefix)) {
             raise<format_error>(error_code::adapter_tensors,
                 message("tensor '", entry.name, "' does not begin with '", peft_prefix,
-                    "' as the names of a PEFT adapter do"),
+                    "' as the names of a PEFT adapter do: ", options.convert_word),
                 model_file);
         }
         name.remove_prefix(peft_prefix.size());
@@ -13249,11 +13244,15 @@ template <arithmetic_element T = float>
             || take(".lora_embedding_A", true, true) || take(".lora_embedding_B", false, true)) {
             continue;
         }
+        if (name.find(".lora_velora_embed") != name.npos) { continue; } // of the training
         if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
+            const bool named = name.ends_with(".weight")
+                && (name.rfind(".lora_A.") != name.npos || name.rfind(".lora_B.") != name.npos);
             raise<format_error>(error_code::adapter_tensors,
                 message("tensor '", entry.name,
                     "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
-                    "lora_embedding_A and lora_embedding_B"),
+                    "lora_embedding_A and lora_embedding_B",
+                    named ? message(" without a name of the adapter: ", options.convert_word) : std::string()),
                 model_file);
         }
         others.emplace(name, &entry);
@@ -14414,7 +14413,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
                 "another kind of adapter");
         }
     }
-    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
+    check_lora_initialization(fields, refuse);
     for (const auto& [field, why] : beyond_updates) {
         const bool parameters = std::string_view(field) == "target_parameters" && peft_type_of(config) == "LORA";
         if (!parameters && fields.says_something(field)) { refuse(field, why); }

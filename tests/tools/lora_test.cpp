@@ -1763,3 +1763,58 @@ TEST_CASE("extract-lora leaves routers out where transformers 5 keeps them as pa
         }
     }
 }
+
+TEST_CASE("adapters of initialisations that leave the base alone, or were saved converted, are plain ones")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "a", three_layers());
+    const auto sound = config_of(folder / "a");
+    const auto before = dense_updates(folder / "a");
+    for (const auto& more : {nlohmann::json{{"init_lora_weights", "mica"}},
+             nlohmann::json{{"init_lora_weights", "velora"}, {"velora_config", {{"rank", 1}}}},
+             nlohmann::json{{"init_lora_weights", true}, {"lora_ga_config", {{"direction", "ArB2r"}}}},
+             nlohmann::json{{"init_lora_weights", true}, {"corda_config", {{"corda_method", "ipm"}}}}}) {
+        CAPTURE(more.dump());
+        auto config = sound;
+        config.update(more);
+        spill(folder / "a" / config_file, config.dump());
+        const auto result = run(folder, {"merge-lora", "--adapter", "a", "--out", "out"});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        check_close(dense_updates(folder / "out"), before);
+    }
+    auto tensors = read_values(folder / "a" / weights_file); // VeLoRA's training keeps this beside the factors
+    tensors["base_model.model.layers.0.q.lora_velora_embed"] = tensor(1, 7, 3);
+    write_values(folder / "a" / weights_file, tensors);
+    spill(folder / "a" / config_file, sound.dump());
+    REQUIRE(run(folder, {"merge-lora", "--adapter", "a", "--out", "out"}).code == 0);
+    check_close(dense_updates(folder / "out"), before);
+    for (const std::string init : {"lora_ga", "corda", "pissa"}) { // whose residual the adapter does not hold
+        auto config = sound;
+        config["init_lora_weights"] = init;
+        spill(folder / "a" / config_file, config.dump());
+        refused(folder, {"merge-lora", "--adapter", "a", "--out", "no"}, 1, "init_lora_weights is '" + init + "'");
+    }
+}
+
+TEST_CASE("adapters under other names than PEFT's, or without a configuration, are sent to convert")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "a", three_layers());
+    const auto tensors = read_values(folder / "a" / weights_file);
+    values_model named, bare;
+    for (const auto& [name, x] : tensors) {
+        named[name.substr(0, name.size() - 7) + ".default.weight"] = x;
+        bare[name.substr(17)] = x;
+    }
+    const std::vector<std::string> line{"merge-lora", "--adapter", "a", "--out", "no"};
+    for (const auto* other : {&named, &bare}) {
+        write_values(folder / "a" / weights_file, *other);
+        refused(folder, line, 1, "taskvec convert --as peft");
+        REQUIRE(run(folder, {"convert", "a", "--as", "peft", "--out", "c"}).code == 0);
+        CHECK(same(read_values(folder / "c" / weights_file), tensors));
+    }
+    write_values(folder / "a" / weights_file, tensors);
+    std::filesystem::remove(folder / "a" / config_file);
+    refused(folder, line, 1, "taskvec convert --as peft");
+}

@@ -496,7 +496,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
                 "another kind of adapter");
         }
     }
-    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
+    check_lora_initialization(fields, refuse);
     for (const auto& [field, why] : beyond_updates) {
         const bool parameters = std::string_view(field) == "target_parameters" && peft_type_of(config) == "LORA";
         if (!parameters && fields.says_something(field)) { refuse(field, why); }
