@@ -434,6 +434,15 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
             grown[tensor] = &whole;
         }
     }
+    // Beside their factors PEFT keeps the weights that grew: what the update is added to.
+    for (const auto& [name, copy] : read.copies) {
+        const auto tensor = match.renamed(name, base_);
+        const auto* const there = base_.find(tensor);
+        if (there && there->shape.size() == 2 && copy.shape.size() == 2 && there->shape[1] == copy.shape[1]
+            && copy.shape[0] > there->shape[0] && there->dtype == copy.dtype) {
+            grown[tensor] = &copy;
+        }
+    }
     if (grown.empty()) { return; }
     const auto rows = grown.begin()->second->shape[0];
     for (const auto& [name, tensor] : base_) {
@@ -460,13 +469,15 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
             "'" + name + "' of " + read.label + " has " + std::to_string(rows) + " rows, more than " + base_label
                 + ": it takes the place of that; --copy-from takes the adapter's tokenizer along");
     }
-    for (auto one = read.wholes.begin(); one != read.wholes.end();) {
-        if (!grown.contains(match.renamed(one->first, base_))) {
-            ++one;
-            continue;
+    for (auto* const tensors : {&read.wholes, &read.copies}) {
+        for (auto one = tensors->begin(); one != tensors->end();) {
+            if (!grown.contains(match.renamed(one->first, base_))) {
+                ++one;
+                continue;
+            }
+            taken_.push_back(std::move(one->second)); // base_ points to its bytes
+            one = tensors->erase(one);
         }
-        taken_.push_back(std::move(one->second)); // base_ points to its bytes
-        one = read.wholes.erase(one);
     }
 }
 

@@ -1348,3 +1348,33 @@ TEST_CASE("tied heads are known of architectures that call them, or the embeddin
                 .values);
     }
 }
+
+TEST_CASE("factors of an embedding and a head that have grown are added to the weights that come with them")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "base");
+    write_values(folder / "base/model.safetensors",
+        {{"lm_head.weight", random_tensor({6, 4}, 1)}, {"model.embed_tokens.weight", random_tensor({6, 4}, 2)},
+            {"model.layers.0.q.weight", random_tensor({4, 4}, 3)}});
+    write_text(folder / "base/config.json", R"({"model_type": "llama", "vocab_size": 6})");
+    auto tensors = factors("lm_head", 8, 4, 10);
+    const auto head = random_tensor({8, 4}, 5), embedding = random_tensor({8, 4}, 6);
+    tensors["model.embed_tokens.lora_embedding_A"] = random_tensor({2, 8}, 20);
+    tensors["model.embed_tokens.lora_embedding_B"] = random_tensor({4, 2}, 21);
+    tensors["model.embed_tokens.base_layer.weight"] = embedding;
+    const std::vector<std::string> line{"fuse", "--base", "base", "--adapter", "a", "--out", "out"};
+    write_adapter_as(folder / "a", tensors);
+    refused(folder, line, 1, "one of the two would lack rows");
+    tensors["lm_head.base_layer.weight"] = head;
+    write_adapter_as(folder / "a", tensors);
+    const auto done = run(folder, line);
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const auto found = read_values(folder / "out/model.safetensors");
+    CHECK(found.at("lm_head.weight").values
+        == added(head, tensors.at("lm_head.lora_A.weight"), tensors.at("lm_head.lora_B.weight"), 0.5).values);
+    CHECK(found.at("model.embed_tokens.weight").values
+        == added(embedding, tensors.at("model.embed_tokens.lora_embedding_A"),
+            tensors.at("model.embed_tokens.lora_embedding_B"), 0.5, true)
+            .values);
+    CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["vocab_size"] == 8);
+}
