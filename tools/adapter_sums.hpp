@@ -39,6 +39,14 @@ void restore_rows(taskvec::adapter_contents<T>& adapter, const fs::path& base)
                     ": use the base that it was trained on"));
         }
     }
+    const auto& own = adapter.target;
+    if (own.heads > 0 && target.heads > 0 && target.pairs_rows()
+        && (own.heads != target.heads || own.kv_heads != target.kv_heads)) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
+            taskvec::message(adapter.label, " says that its model has ", own.heads, " heads of attention (",
+                own.kv_heads, " of keys), and the config.json of ", in_quotes(base), " ", target.heads, " (",
+                target.kv_heads, "): use the base that it was trained on"));
+    }
     taskvec::unpair_rows(adapter, target.heads, target.kv_heads);
 }
 

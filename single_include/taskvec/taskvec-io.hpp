@@ -14084,7 +14084,8 @@ struct adapter_role {
     }
     const bool like_a_factor = name.find("lora_") != name.npos || name.find(".lora.") != name.npos
         || name.find(".hada_") != name.npos || name.find(".lokr_") != name.npos || name.find(".oft_") != name.npos
-        || name.find(".vera_") != name.npos || name.find(".diff") != name.npos;
+        || name.find(".vera_") != name.npos || name.find("_lora1.") != name.npos || name.find("_lora2.") != name.npos
+        || name.find(".diff") != name.npos;
     if (like_a_factor && !name.starts_with("lora_unet_") && !name.starts_with("lora_te")) {
         return {role::unknown, std::string(name), {}, {}};
     }
@@ -15370,7 +15371,7 @@ template <arithmetic_element T>
         if (!known) { continue; }
         const std::string tensor = gguf_tensor_name(module, target);
         if (tensor.empty()) {
-            lose(name, message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
+            lose(name, message("what llama.cpp's architecture ", target.architecture, " calls it is not known here"));
             continue;
         }
         if (tensor == "output.weight" && target.tied) {

@@ -215,7 +215,8 @@ TEST_CASE("what GGUF cannot say of an adapter is refused by name")
     says(problem_of([](auto&, auto& target) { target.heads = 0; }), "num_attention_heads");
     says(problem_of([](auto&, auto& target) { target.heads = 3; }), "8 rows are no 3 heads of an even size");
     says(problem_of([](auto&, auto& target) { target.tied = true; }), "lm_head");
-    says(problem_of([](auto&, auto& target) { target.architecture = "phi3"; }), "no weight of that name");
+    says(problem_of([](auto&, auto& target) { target.architecture = "phi3"; }),
+        "what llama.cpp's architecture phi3 calls it is not known here");
     says(problem_of([&](auto& adapter, auto&) { first(adapter).magnitude.assign(9, 1.0); }), "it is DoRA's");
     says(problem_of([&](auto& adapter, auto&) { first(adapter).kernel = {1, 1}; }), "it is a convolution");
     says(problem_of([&](auto& adapter, auto&) { first(adapter).stored = dtype::f64; }), "its factors are F64");

@@ -808,3 +808,29 @@ TEST_CASE("convert tells the parts of pipelines apart by names, and says what it
     CHECK(read_values(folder / "told/adapter_model.safetensors").at("base_model.model.c.lora_A.weight").shape
         == taskvec::extents{4, 4, 3, 3});
 }
+
+TEST_CASE("XLabs' factors, and a GGUF adapter of another number of heads, are refused by what they are")
+{
+    const scratch folder;
+    const std::string qkv = "double_blocks.0.processor.qkv_lora1.";
+    write_values(folder / "x.safetensors",
+        {{qkv + "down.weight", random_tensor({2, 6}, 1)}, {qkv + "up.weight", random_tensor({6, 2}, 2)}});
+    write_values(folder / "base.safetensors", {{"double_blocks.0.img_attn.qkv.weight", random_tensor({6, 6}, 3)}});
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "x.safetensors", "--out", "no.safetensors"}, 1,
+        "' is no part of a LoRA");
+    const std::string q = "model.layers.0.self_attn.q_proj";
+    const auto configured = [&](const std::string& directory, int heads) {
+        write_text(folder / directory / "config.json",
+            nlohmann::json{{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"},
+                {"num_attention_heads", heads}, {"num_key_value_heads", heads}}
+                .dump());
+        write_values(folder / directory / "model.safetensors", {{q + ".weight", random_tensor({8, 8}, 4)}});
+    };
+    configured("four", 4);
+    configured("two", 2);
+    write_adapter_as(folder / "a", factors(q, 8, 8, 5));
+    must_run(folder, {"convert", "a", "--as", "gguf", "--base", "four", "--out", "a.gguf"});
+    must_run(folder, {"fuse", "--base", "four", "--adapter", "a.gguf", "--out", "out"});
+    refused(folder, {"fuse", "--base", "two", "--adapter", "a.gguf", "--out", "no"}, 1,
+        "says that its model has 4 heads of attention");
+}

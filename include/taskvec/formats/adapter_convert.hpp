@@ -285,7 +285,7 @@ template <arithmetic_element T>
         if (!known) { continue; }
         const std::string tensor = gguf_tensor_name(module, target);
         if (tensor.empty()) {
-            lose(name, message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
+            lose(name, message("what llama.cpp's architecture ", target.architecture, " calls it is not known here"));
             continue;
         }
         if (tensor == "output.weight" && target.tied) {

@@ -167,7 +167,8 @@ struct adapter_role {
     }
     const bool like_a_factor = name.find("lora_") != name.npos || name.find(".lora.") != name.npos
         || name.find(".hada_") != name.npos || name.find(".lokr_") != name.npos || name.find(".oft_") != name.npos
-        || name.find(".vera_") != name.npos || name.find(".diff") != name.npos;
+        || name.find(".vera_") != name.npos || name.find("_lora1.") != name.npos || name.find("_lora2.") != name.npos
+        || name.find(".diff") != name.npos;
     if (like_a_factor && !name.starts_with("lora_unet_") && !name.starts_with("lora_te")) {
         return {role::unknown, std::string(name), {}, {}};
     }
