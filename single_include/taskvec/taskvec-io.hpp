@@ -12704,7 +12704,6 @@ private:
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <initializer_list>
 #include <map>
 #include <optional>
 #include <set>
