@@ -233,16 +233,16 @@ struct prefix_meaning {
             left.erase(left.begin());
             continue;
         }
-        const auto rename = [&](std::vector<std::string>& modules) {
+        const auto rename = [&](std::vector<std::string>& waiting) {
             std::vector<std::string> rest;
-            for (const auto& module : modules) {
+            for (const auto& module : waiting) {
                 const auto name = module.starts_with(off) ? on + module.substr(off.size()) : "";
                 if (!name.empty() && has(name)) { match.tensors.emplace(module, name + std::string(suffix)); }
                 else {
                     rest.push_back(module);
                 }
             }
-            modules = std::move(rest);
+            waiting = std::move(rest);
         };
         rename(left);
         rename(open);
