@@ -12599,34 +12599,20 @@ struct magnitude_terms {
     }
 };
 
-/// out[i] = x[i] as a tensor's rule keeps it of task t.
+/// A row of task vector `task` as its tensor's rule keeps it: work of task_rows_kernel on that row alone.
 template <arithmetic_element A, class Rule>
-struct ruled_row_kernel {
+struct kept_entries {
     const Rule& rule;
     std::size_t task;
-    std::uint64_t place; ///< of x[0]
-    const signed_word<A>* drawn;
-    const A* x;
+    std::uint64_t place; ///< of the first entry
+    const signed_word<A>* drawn; ///< null where the rule draws none
     A* out;
-    std::size_t size;
 
-    template <int bytes>
-    TASKVEC_INLINE void run() const
+    template <int bytes, class Deltas>
+    TASKVEC_INLINE void at(std::size_t i, const Deltas& x) const
     {
-        std::size_t i = 0;
-        if constexpr (bytes > 0) { packs_of<bytes>(i); }
-        packs_of<0>(i);
-    }
-
-private:
-    template <int bytes>
-    TASKVEC_INLINE void packs_of(std::size_t& i) const
-    {
-        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
-        for (; i + width <= size; i += width) {
-            const ruled_entries<A, bytes> entries{place + i, drawn ? drawn + i : nullptr};
-            store_row<A>(rule(entries, task, load_row<A, bytes, A>(x + i)), out + i);
-        }
+        const ruled_entries<A, bytes> entries{place + i, drawn ? drawn + i : nullptr};
+        store_row<A>(rule(entries, task, x(0)), out + i);
     }
 };
 
@@ -12653,8 +12639,8 @@ void keep_row(const row_block<A>& rows, const Rule& rule, std::size_t t, const A
         if constexpr (requires { rule.constant_until(place, place); }) {
             until = static_cast<std::size_t>(rule.constant_until(place + at, place + until) - place);
         }
-        kernels::run_widest(kernels::ruled_row_kernel<A, Rule>{
-            rule, t, place + at, drawn ? drawn + at : nullptr, x + at, out + at, until - at});
+        const kernels::kept_entries<A, Rule> work{rule, t, place + at, drawn ? drawn + at : nullptr, out + at};
+        over_task_rows(x + at, until - at, work);
         at = until;
     }
 }
