@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 
@@ -23,16 +24,19 @@ inline void read_stored(const operand_source& from, dtype stored, std::uint64_t 
         from.read(offset, count, out);
         return;
     }
-    const auto narrowed = [&]<class A>(A) {
+    // Word by word, not by the CPU's kernels: device files copy what is worked out, too, and hold none of those.
+    const auto narrowed = [&]<class T, class A>(std::type_identity<T>, A) {
         std::array<A, block_size> values;
-        const auto& conversion = conversions_between<A, storage_types>.of(stored, "operand", true);
+        auto* const words = static_cast<storage_word<T>*>(out);
         for (std::size_t at = 0; at < count; at += block_size) {
             const std::size_t n = std::min(block_size, count - at);
             from.read(offset + at, n, values.data());
-            conversion.narrow(values.data(), static_cast<std::byte*>(out) + byte_count(stored, at), n);
+            for (std::size_t k = 0; k < n; ++k) { words[at + k] = narrow_word<T>(values[k]); }
         }
     };
-    from.type() == dtype::f64 ? narrowed(double{}) : narrowed(float{});
+    visit_storage(stored, "operand", [&]<class T>(std::type_identity<T> as) {
+        from.type() == dtype::f64 ? narrowed(as, double{}) : narrowed(as, float{});
+    });
 }
 
 /// The type that operand_source::read() gives elements of a dtype in.
