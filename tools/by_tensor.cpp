@@ -91,34 +91,12 @@ std::string plain_text(const std::string& pattern)
     return text;
 }
 
-/// What tensors of the result are called in a model that gives it layers.
-class names_in_model {
-public:
-    explicit names_in_model(const model_view* view)
-    {
-        std::size_t begin = 0;
-        for (const auto& part : view ? *view : model_view()) {
-            parts_.push_back({begin, part.first});
-            begin += part.last - part.first;
-        }
-    }
-    [[nodiscard]] std::string operator()(std::string_view tensor) const
-    {
-        const auto layer = parts_.empty() ? std::nullopt : layer_of(tensor);
-        if (!layer) { return std::string(tensor); }
-        const auto after = std::upper_bound(parts_.begin(), parts_.end(), layer->second,
-            [](std::size_t at, const part& one) { return at < one.begin; });
-        const auto& mine = *(after - 1); // the first begins at 0
-        const auto end = std::min(tensor.find('.', layer->first.size()), tensor.size());
-        return layer->first + std::to_string(layer->second - mine.begin + mine.first) + std::string(tensor.substr(end));
-    }
-
-private:
-    struct part {
-        std::size_t begin = 0, first = 0; ///< of the result's layers, of the model's
-    };
-    std::vector<part> parts_;
-};
+/// What a tensor of the result is called in a model that gives it layers; the same where it does not.
+std::string name_in_model(std::string_view tensor, const model_view* view)
+{
+    const auto layer = view && !view->empty() ? layer_of(tensor) : std::nullopt;
+    return layer ? in_layer(tensor, *layer, origin_of(*view, layer->second).layer) : std::string(tensor);
+}
 
 /// Values by tensor, ready to be asked: how many layers there are is known, and every pattern matches something.
 class tensor_values {
@@ -127,12 +105,12 @@ public:
     /// of what all models share mean the result's. `of_model`: which options are a model's own; empty: all of them.
     tensor_values(const option_values& values, const taskvec::aligned_models& models, const run_options& run,
         const model_view* view = nullptr, const std::set<std::string>& of_model = {})
-        : name_in_model_(view)
+        : view_(view)
     {
         std::vector<std::string> names, names_in_model;
         for (const auto& tensor : models.tensors()) {
             names.push_back(tensor.name);
-            names_in_model.push_back(name_in_model_(tensor.name));
+            names_in_model.push_back(name_in_model(tensor.name, view));
             if (const auto layer = layer_of(tensor.name)) {
                 auto& count = layers_[layer->first];
                 count = std::max(count, layer->second + 1);
@@ -179,7 +157,7 @@ public:
     {
         option_values result;
         const auto layer = layer_of(tensor);
-        const auto in_model = name_in_model_(tensor);
+        const auto in_model = name_in_model(tensor, view_);
         for (const auto i : places_of(layer)) {
             const auto& [value, matches, text, own] = values_[i];
             if (!value.as_in_mergekit) {
@@ -240,7 +218,7 @@ private:
         return places;
     }
 
-    names_in_model name_in_model_;
+    const model_view* view_;
     std::vector<entry> values_;
     std::vector<std::size_t> everywhere_;
     std::map<std::size_t, std::vector<std::size_t>> of_parts_; ///< by where they begin

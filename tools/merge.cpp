@@ -47,14 +47,9 @@ std::string layers_behind(const merge_request& request, std::string_view tensor)
         if (view == request.views.end() || view->second.empty()) { continue; }
         const auto& parts = view->second;
         std::string whose = called(request, (stands_before_layers(tensor) ? parts.front() : parts.back()).path);
-        std::size_t begin = 0;
-        for (const auto& part : parts) {
-            const auto count = part.last - part.first;
-            if (layer && layer->second >= begin && layer->second - begin < count) {
-                whose =
-                    taskvec::message("layer ", layer->second - begin + part.first, " of ", called(request, part.path));
-            }
-            begin += count;
+        if (layer) {
+            const auto origin = origin_of(parts, layer->second);
+            whose = taskvec::message("layer ", origin.layer, " of ", called(request, origin.part->path));
         }
         text += (text.empty() ? "" : ", ") + whose;
     }

@@ -42,6 +42,20 @@ bool any_matches(const std::vector<taskvec::name_pattern>& patterns, std::string
 
 } // namespace
 
+void append_layers(model_view& view, const std::string& path, std::size_t first, std::size_t last)
+{
+    const auto begin = view.empty() ? 0 : view.back().begin + view.back().last - view.back().first;
+    view.push_back({path, first, last, begin});
+}
+
+layer_origin origin_of(const model_view& view, std::size_t layer)
+{
+    const auto after = std::upper_bound(
+        view.begin(), view.end(), layer, [](std::size_t at, const layer_part& one) { return at < one.begin; });
+    const auto& part = *(after - 1); // the first begins at 0
+    return {&part, layer - part.begin + part.first};
+}
+
 std::function<bool(std::string_view)> name_matcher(const std::vector<std::string>& patterns, const std::string& option)
 {
     return [compiled = compile(patterns, option)](std::string_view name) { return any_matches(compiled, name); };

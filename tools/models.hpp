@@ -36,13 +36,23 @@ struct copy_request {
     std::string tokenizer_from{}; ///< whose tokenizer the result has, where it is not that of the other files
 };
 
-/// Layers [first, last) of a model.
+/// Layers [first, last) of a model, of a view those from `begin` on.
 struct layer_part {
     std::string path;
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0, begin = 0;
 };
 /// A model put together from layers of several (model_of_layers).
 using model_view = std::vector<layer_part>;
+/// Adds layers [first, last) of a model behind those of a view.
+void append_layers(model_view& view, const std::string& path, std::size_t first, std::size_t last);
+
+/// What a layer of a view is in the model that it comes from.
+struct layer_origin {
+    const layer_part* part;
+    std::size_t layer;
+};
+/// Of a layer that is in the view.
+[[nodiscard]] layer_origin origin_of(const model_view& view, std::size_t layer);
 
 /// Which models, which of their tensors, and what is wrong with these.
 struct model_request {

@@ -656,6 +656,12 @@ std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view nam
     return std::nullopt;
 }
 
+std::string in_layer(std::string_view name, const std::pair<std::string, std::size_t>& layer, std::size_t number)
+{
+    const auto end = std::min(name.find('.', layer.first.size()), name.size());
+    return layer.first + std::to_string(number) + std::string(name.substr(end));
+}
+
 bool stands_before_layers(std::string_view name)
 {
     const auto has = [&](std::string_view part) { return name.find(part) != name.npos; };
@@ -694,9 +700,7 @@ taskvec::const_model_ref model_of_layers(const std::vector<layers_taken>& parts)
                 if (stands_before_layers(name) ? p == 0 : p + 1 == parts.size()) { tensors.emplace(name, tensor); }
             }
             else if (layer->second >= part.first && layer->second < part.last) {
-                const auto end = std::min(name.find('.', layer->first.size()), name.size());
-                tensors.emplace(
-                    layer->first + std::to_string(layer->second - part.first + begin) + name.substr(end), tensor);
+                tensors.emplace(in_layer(name, *layer, layer->second - part.first + begin), tensor);
             }
         }
         begin += part.last - part.first;

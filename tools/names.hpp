@@ -106,6 +106,9 @@ struct prefix_match {
 
 /// The layer in a tensor's name: what stands before the first number between dots, and that number.
 [[nodiscard]] std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name);
+/// A name with another number for its layer, which layer_of() gave.
+[[nodiscard]] std::string in_layer(
+    std::string_view name, const std::pair<std::string, std::size_t>& layer, std::size_t number);
 /// Whether a tensor that is in no layer stands before them, as embeddings do; final norms and heads stand after them.
 [[nodiscard]] bool stands_before_layers(std::string_view name);
 /// How many layers a model has. Throws invalid_argument where it has none, or several lists of them. `label`: the

@@ -811,7 +811,7 @@ private:
         }
         if (first.base) { request().base = first.base->path; }
         for (const auto& one : slices_) {
-            if (one.base) { request().views[""].push_back({one.base->path, one.base->first, one.base->last}); }
+            if (one.base) { tool::append_layers(request().views[""], one.base->path, one.base->first, one.base->last); }
         }
         std::error_code ignored;
         if (given && request().copies.from.empty()) { // configuration and tokenizer are the base's
@@ -963,10 +963,7 @@ private:
                               : !its.holds(name)) {
                         continue;
                     }
-                    if (layer) {
-                        const auto end = std::min(name.find('.', layer->first.size()), name.size());
-                        name = layer->first + std::to_string(layer->second - first + its.first) + name.substr(end);
-                    }
+                    if (layer) { name = tool::in_layer(name, *layer, layer->second - first + its.first); }
                 }
                 f(path, name, tensor);
             }
@@ -1408,7 +1405,8 @@ private:
         if (!own.empty()) { request().of_tasks[text] = std::move(own); }
         for (const auto& part : slices_) {
             if (!part.part) { continue; }
-            request().views[text].push_back({part.inputs[i].path, part.inputs[i].first, part.inputs[i].last});
+            const auto& its = part.inputs[i];
+            tool::append_layers(request().views[text], its.path, its.first, its.last);
         }
     }
 
