@@ -52,6 +52,25 @@ std::string without_ending(std::string_view name, std::string_view ending)
 
 constexpr std::string_view weight = ".weight";
 
+/// The modules that hold the input embeddings of language models, by their last parts; those of encoders that share
+/// theirs with a decoder first.
+constexpr std::array<std::string_view, 9> embeddings{"shared", "embed_tokens", "wte", "word_embeddings", "embed_in",
+    "tok_embeddings", "tokens_embed", "word_embedding", "embeddings"};
+
+/// The first of some tensors that is a matrix and called as an input embedding; nullptr where none is.
+template <class Tensors, class Shape>
+auto word_embedding(const Tensors& tensors, Shape shape_of) -> decltype(&*tensors.begin())
+{
+    for (const std::string_view ending : embeddings) {
+        for (const auto& tensor : tensors) {
+            const std::string_view name = tensor.name;
+            if (!name.ends_with(weight) || !ends_in(name.substr(0, name.size() - weight.size()), ending)) { continue; }
+            if (shape_of(tensor).size() == 2) { return &tensor; }
+        }
+    }
+    return nullptr;
+}
+
 /// The head that goes with tensors of the file: heads with a transformation of their own store that, and a bias.
 std::string head_by_tensors(const taskvec::const_model_ref& model)
 {
@@ -215,26 +234,40 @@ bool has_conv1d_layers(const std::filesystem::path& model)
 
 bool is_head_module(std::string_view module)
 {
-    for (const std::string_view name :
-        {"lm_head", "embed_out", "lm_head.decoder", "predictions.decoder", "generator_lm_head", "vocab_projector"}) {
+    for (const std::string_view name : {"lm_head", "embed_out", "lm_head.decoder", "predictions.decoder",
+             "generator_lm_head", "vocab_projector", "lm_loss", "pred_layer.proj", "output_projection"}) {
         if (ends_in(module, name)) { return true; }
     }
     return module == "decoder" || module == "proj_out"; // others have modules of these names within
+}
+
+bool is_head(std::string_view name)
+{
+    if (!name.ends_with(weight)) { return false; }
+    const auto module = name.substr(0, name.size() - weight.size());
+    return is_head_module(module) || ends_in(module, "output"); // the last: as Meta names it
+}
+
+std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_spec>& specs)
+{
+    const auto* const embedding = word_embedding(specs, [](const taskvec::tensor_spec& spec) { return spec.shape; });
+    return embedding ? std::optional<std::int64_t>(embedding->shape[0]) : std::nullopt;
+}
+
+bool is_embedding(std::string_view name)
+{
+    if (!name.ends_with(weight)) { return false; }
+    const auto module = name.substr(0, name.size() - weight.size());
+    return module.ends_with("embedding")
+        || std::any_of(embeddings.begin(), embeddings.end(), [&](auto ending) { return module.ends_with(ending); });
 }
 
 tied_matrix tied_matrix_of(const nlohmann::json& config, const taskvec::const_model_ref& model)
 {
     tied_matrix found;
     const auto stored = [&](const std::string& module) { return model.find(module + std::string(weight)) != nullptr; };
-    for (const std::string_view ending : {"shared", "embed_tokens", "wte", "word_embeddings", "embed_in",
-             "tok_embeddings", "tokens_embed", "word_embedding", "embeddings"}) {
-        for (const auto& [name, tensor] : model) {
-            if (!name.ends_with(weight) || tensor.shape.size() != 2) { continue; }
-            const auto module = without_ending(name, weight);
-            if (found.embedding.empty() && ends_in(module, ending)) { found.embedding = module; }
-        }
-        if (!found.embedding.empty()) { break; }
-    }
+    const auto* const own = word_embedding(model, [](const auto& entry) { return entry.tensor.shape; });
+    if (own) { found.embedding = without_ending(own->name, weight); }
     if (ends_in(found.embedding, "shared")) {
         const auto before = without_ending(found.embedding, "shared");
         for (const std::string_view part : {"encoder.", "decoder."}) {

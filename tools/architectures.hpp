@@ -22,6 +22,12 @@ namespace tool {
 
 /// Whether a module of this name is the head of a language model: lm_head, embed_out, cls.predictions.decoder, …
 [[nodiscard]] bool is_head_module(std::string_view module);
+/// Whether a tensor of this name is the weight of such a head, or is called as one: output.weight, …
+[[nodiscard]] bool is_head(std::string_view name);
+/// Whether a tensor of this name is an embedding of tokens, or is called as one.
+[[nodiscard]] bool is_embedding(std::string_view name);
+/// The rows of the input embedding among some tensors; nothing where none is called so.
+[[nodiscard]] std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_spec>& specs);
 
 /// A language model's input embedding, and what is the same matrix in the model that is loaded.
 struct tied_matrix {

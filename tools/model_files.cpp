@@ -144,17 +144,6 @@ bool is_quantised(const std::vector<taskvec::tensor_spec>& specs)
     });
 }
 
-std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_spec>& specs)
-{
-    for (const auto& spec : specs) {
-        for (const std::string_view ending : {"embed_tokens.weight", "wte.weight", "word_embeddings.weight",
-                 "embed_in.weight", "tok_embeddings.weight"}) {
-            if (spec.name.ends_with(ending) && spec.shape.size() == 2) { return spec.shape[0]; }
-        }
-    }
-    return std::nullopt;
-}
-
 /// Brings how many layers there are, and what is said of each of them, up to date in a part of a configuration. `key`:
 /// of the part; empty: the whole.
 bool update_layers(json& part, const std::string& key, const model_view& layers, const run_options& run)

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "names.hpp"
 
+#include "architectures.hpp"
 #include "command.hpp"
 #include "vocabulary.hpp"
 #include "words.hpp"
@@ -149,25 +150,6 @@ const taskvec::const_model_ref::entry* embedding_like(
 }
 
 } // namespace
-
-bool is_embedding(std::string_view name)
-{
-    for (const std::string_view ending : {"embed_tokens.weight", "wte.weight", "word_embeddings.weight",
-             "tok_embeddings.weight", "embed_in.weight", "shared.weight", "embeddings.weight", "embedding.weight"}) {
-        if (name.ends_with(ending)) { return true; }
-    }
-    return false;
-}
-
-bool is_head(std::string_view name)
-{
-    for (const std::string_view ending :
-        {"lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
-            "generator_lm_head.weight", "vocab_projector.weight"}) {
-        if (name == ending || (name.ends_with(ending) && name[name.size() - ending.size() - 1] == '.')) { return true; }
-    }
-    return false;
-}
 
 void add_name_options(
     command& verb, name_rules& rules, bool& match_prefixes, const std::vector<std::string>& model_options)

@@ -88,10 +88,6 @@ struct prefix_match {
 /// Whether a configuration, and that beside a model, says that the head is tied.
 [[nodiscard]] bool config_says_tied(const nlohmann::json& config);
 [[nodiscard]] bool says_tied(const fs::path& model);
-/// Whether a tensor of this name is an embedding of tokens.
-[[nodiscard]] bool is_embedding(std::string_view name);
-/// Whether a tensor of this name is a head over the vocabulary.
-[[nodiscard]] bool is_head(std::string_view name);
 /// Whether a model has a head that is not its embedding.
 [[nodiscard]] bool has_own_head(const taskvec::const_model_ref& model);
 /// Whether `count` elements from `first` on are the same: of one dtype, with the same bytes as they are stored, or as

@@ -355,8 +355,10 @@ bool has_rows_of_tokens(std::string_view name)
     for (const std::string_view ending :
         {"embed_tokens.weight", "embed_tokens_per_layer.weight", "wte.weight", "word_embeddings.weight",
             "tok_embeddings.weight", "embed_in.weight", "shared.weight", "token_embedding.weight", "token_embd.weight",
-            "tokens_embed.weight", "lm_head.weight", "lm_head.bias", "lm_head.decoder.weight", "lm_head.decoder.bias",
-            "embed_out.weight", "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias"}) {
+            "tokens_embed.weight", "word_embedding.weight", "lm_loss.weight", "lm_loss.bias", "pred_layer.proj.weight",
+            "pred_layer.proj.bias", "output_projection.weight", "lm_head.weight", "lm_head.bias",
+            "lm_head.decoder.weight", "lm_head.decoder.bias", "embed_out.weight", "predictions.decoder.weight",
+            "predictions.decoder.bias", "predictions.bias"}) {
         if (ends_as_a_name(name, ending)) { return true; }
     }
     return name == "output.weight" || name == "model.output.weight" || name == "decoder.weight"

@@ -642,6 +642,28 @@ TEST_CASE("a head that is tied to its embedding is found where it lacks, and lef
     CHECK(refused(merge(folder, plain), {"'lm_head.weight'", "not in"}));
 }
 
+TEST_CASE("tied heads are found under the names that architectures give them")
+{
+    for (const auto& [embedding, head] :
+        std::vector<std::pair<std::string, std::string>>{{"transformer.tokens_embed.weight", "lm_head.weight"},
+            {"transformer.word_embedding.weight", "lm_loss.weight"},
+            {"transformer.embeddings.weight", "pred_layer.proj.weight"},
+            {"biogpt.embed_tokens.weight", "output_projection.weight"},
+            {"model.decoder.embed_tokens.weight", "proj_out.weight"}}) {
+        CAPTURE(head);
+        const scratch folder;
+        const auto rows = f32({3, 2}, {1, 2, 3, 4, 5, 6}), more = f32({3, 2}, {3, 2, 3, 4, 5, 8});
+        for (const std::string place : {"base", "task"}) { std::filesystem::create_directory(folder / place); }
+        write_values(folder / "base/model.safetensors", {{embedding, rows}, {head, rows}});
+        write_values(folder / "task/model.safetensors", {{embedding, more}});
+        spill(folder / "task/config.json", R"({"tie_word_embeddings": true})");
+        const auto result = merge(folder, {"--base", "base", "--task", "task", "--out", "o.safetensors"});
+        REQUIRE_MESSAGE(result.code == 0, result.err);
+        CHECK(has(result.err, "has no '" + head + "': it is tied to '" + embedding + "'"));
+        CHECK(read_values(folder / "o.safetensors").at(head).values == more.values);
+    }
+}
+
 TEST_CASE(
     "what is one matrix under several names in every model is one in the result, whatever a method draws or keeps")
 {

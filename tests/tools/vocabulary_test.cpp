@@ -467,6 +467,29 @@ TEST_CASE("without a tokenizer rows are lined up by index, and it is said")
         1, "no tokenizer.json says of which tokens");
 }
 
+TEST_CASE("vocab_size follows the embedding, whatever architectures call it")
+{
+    const scratch folder;
+    for (const std::string embedding : {"shared.weight", "transformer.tokens_embed.weight",
+             "transformer.word_embedding.weight", "gpt_neox.embed_in.weight"}) {
+        CAPTURE(embedding);
+        for (const std::int64_t rows : {3, 4}) {
+            const auto model = folder / (rows == 3 ? "base" : "task");
+            std::filesystem::create_directories(model);
+            write_values(model / "model.safetensors",
+                {{embedding,
+                     {taskvec::dtype::f32, {rows, 2}, std::vector<float>(static_cast<std::size_t>(2 * rows), 1)}},
+                    {"norm.weight", {taskvec::dtype::f32, {2}, {1, 2}}}});
+            spill(model / "config.json", nlohmann::json{{"model_type", "t5"}, {"vocab_size", rows}}.dump());
+        }
+        const auto done = run(folder,
+            {"merge", "--method", "average", "--base", "base", "--task", "task", "--vocabulary", "union", "--out",
+                "out"});
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        CHECK(json_of(folder / "out/config.json")["vocab_size"] == 4);
+    }
+}
+
 TEST_CASE("tokenizers that contradict are refused by name")
 {
     const models m;
