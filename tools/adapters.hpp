@@ -109,6 +109,7 @@ template <class T>
             .whole_modules_word = "--modules-to-save",
             .fold_word = "fold it into its base (taskvec fuse), and take a LoRA of the result (taskvec extract-lora)",
             .convert_word = "write it as the LoRA that it equals (taskvec convert --as peft)"});
+    for (const auto& text : adapter.notes) { note(settings.run, text); }
     if (settings.modules_to_save == "drop") { drop_whole_modules(adapter.others, adapter.config); }
     note_modules_not_saved(settings.run, adapter.config, adapter.others, in_quotes(directory));
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {

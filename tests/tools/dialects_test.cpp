@@ -759,6 +759,17 @@ TEST_CASE("what PEFT's configuration leaves out of the modules of a file changes
     auto quiet = line;
     quiet.push_back("--quiet");
     refused(folder, quiet, 1, "no module of the adapters is left");
+    // Merges of adapters take no other ones than folding does.
+    refused(folder, {"merge-lora", "--adapter", "a", "--out", "merged"}, 1,
+        "factors of no module that adapter_config.json does not leave out");
+    write_adapter_as(folder / "a", tensors,
+        nlohmann::json::parse(R"({"target_modules": ["q", "k"], "exclude_modules": ["layers.1.q"]})"));
+    const auto merged = must_run(folder, {"merge-lora", "--adapter", "a", "--out", "merged"});
+    CHECK(merged.err.find("factors of 1 of 3 modules in 'a' ('model.layers.1.q') are left out") != std::string::npos);
+    const auto kept = read_values(folder / "merged/adapter_model.safetensors");
+    CHECK(kept.size() == 4);
+    CHECK(kept.contains("base_model.model.model.layers.0.q.lora_A.weight"));
+    CHECK(kept.contains("base_model.model.model.layers.1.k.lora_A.weight"));
 }
 
 TEST_CASE("convert tells the parts of pipelines apart by names, and says what it takes for granted")

@@ -62,6 +62,7 @@ struct peft_adapter {
         others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
     nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
     std::string label{}; ///< names the adapter in messages: its directory
+    std::vector<std::string> notes{}; ///< what a user should know of it, a sentence each
 };
 
 /// The narrowest floating storage dtype that holds the values of both.
@@ -361,6 +362,15 @@ template <class IsParameter>
     return any ? out : std::vector<std::string>();
 }
 
+/// What is said of modules_left_out() of an adapter that has factors of `count` modules.
+[[nodiscard]] inline std::string left_out_words(
+    const std::string& label, const std::vector<std::string>& out, std::size_t count)
+{
+    return message("factors of ", out.size(), " of ", count, " modules in ", label, " ('", out.front(),
+        out.size() > 1 ? "', …" : "'", ") are left out, as PEFT does: ", peft_config_name,
+        " leaves these modules out (target_modules, exclude_modules or layers_to_transform)");
+}
+
 /// Refuses by name whatever is not a plain low-rank update.
 inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
 {
@@ -481,7 +491,8 @@ template <class T>
         file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
 }
 
-/// Reads an adapter directory that PEFT (or write_peft) wrote. The scaling of a module is α/r, or α/√r with use_rslora,
+/// Reads an adapter directory that PEFT (or write_peft) wrote. Modules that the configuration leaves out are left out,
+/// as in PEFT, with a note. The scaling of a module is α/r, or α/√r with use_rslora,
 /// with α and r from alpha_pattern and rank_pattern where these match (as PEFT matches: in file order, the whole name
 /// or a dotted end). Throws io_error for a missing file; format_error for what is not a plain LoRA adapter (each by
 /// name: DoRA, aLoRA, QA-LoRA, PiSSA, OLoRA, CorDA, LoftQ and the like, lora_bias, trainable tokens, target_parameters,
@@ -510,9 +521,8 @@ template <arithmetic_element T = float>
         raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
     }
     detail::check_plain_lora(adapter.config, config_file, options);
-    std::vector<std::string> reading;
     const auto stored = peft_tensor_file(directory);
-    const safetensors_file file = detail::open_weights(stored, reading);
+    const safetensors_file file = detail::open_weights(stored, adapter.notes);
     const std::string model_file = stored.string();
 
     // Pairs of factors, by module; everything else by name.
@@ -636,6 +646,22 @@ template <arithmetic_element T = float>
     }
     ranks.check_used("rank_pattern", config_file);
     alphas.check_used("alpha_pattern", config_file);
+    std::vector<std::string> modules;
+    for (const auto& one : pairs) { modules.push_back(one.first); }
+    const auto out = detail::modules_left_out(adapter.config, modules, [](const auto&) { return false; });
+    if (!out.empty()) {
+        adapter.notes.push_back(detail::left_out_words("'" + adapter.label + "'", out, modules.size()));
+    }
+    for (const auto& module : out) {
+        adapter.updates.erase(module);
+        adapter.stored.erase(module);
+        adapter.embeddings.erase(module);
+        adapter.others.erase(module + std::string(peft_base_weight));
+    }
+    if (adapter.updates.empty()) {
+        raise<format_error>(error_code::adapter_tensors,
+            message("holds factors of no module that ", peft_config_name, " does not leave out"), model_file);
+    }
     file.map().check_unchanged();
     configuration.check_unchanged(); // another run may have replaced both files between the two readings
     return adapter;
