@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include <iterator>
 #include <numeric>
 #include <random>
 
@@ -85,6 +86,48 @@ TEST_CASE_TEMPLATE(
                 }
             }
         }
+    }
+}
+
+TEST_CASE_TEMPLATE("looks at a long list say what sorting says", A, float, double)
+{
+    using bits = bits_type<A>;
+    std::mt19937_64 generator(19);
+    const bits low = magnitude_bits(A{1}), high = magnitude_bits(A{2});
+    const auto check = [&](const std::vector<bits>& list) {
+        auto sorted = list;
+        std::sort(sorted.begin(), sorted.end(), std::greater<>());
+        for (const std::size_t rank : {std::size_t{0}, list.size() / 50, list.size() / 2, list.size() - 1}) {
+            CAPTURE(list.size());
+            CAPTURE(rank);
+            CHECK(
+                detail::magnitude_of_rank<A>(list, rank, low, high, std::pmr::get_default_resource()) == sorted[rank]);
+        }
+        const bits floor = sorted[list.size() / 2], ceiling = sorted[list.size() / 3];
+        std::vector<bits> inside(list.size() + 64 / sizeof(bits));
+        const auto counts = kernels::look_again<A>(list, floor, ceiling, inside.data());
+        const auto above = std::count_if(list.begin(), list.end(), [&](bits x) { return x > ceiling; });
+        CHECK(counts.above == static_cast<std::uint64_t>(above));
+        CHECK(counts.largest == sorted.front());
+        std::vector<bits> expected;
+        std::copy_if(
+            list.begin(), list.end(), std::back_inserter(expected), [&](bits x) { return x >= floor && x <= ceiling; });
+        REQUIRE(counts.inside == expected.size());
+        inside.resize(expected.size());
+        std::sort(inside.begin(), inside.end());
+        std::sort(expected.begin(), expected.end());
+        CHECK(inside == expected);
+    };
+    for (const std::size_t n : {1, 17, 9000, 100'003}) {
+        std::vector<bits> even(n), few(n), sorted(n), striped(n);
+        const std::size_t stride = std::max<std::size_t>(1, n / 1024); // as the sample is taken
+        for (std::size_t i = 0; i < n; ++i) {
+            even[i] = low + static_cast<bits>(generator() % (high - low + 1));
+            few[i] = low + static_cast<bits>(generator() % 3);
+            sorted[i] = low + static_cast<bits>(i);
+            striped[i] = i % stride == 0 ? high : low + static_cast<bits>(generator() % 1000);
+        }
+        for (const auto& list : {even, few, sorted, striped, std::vector<bits>(n, low)}) { check(list); }
     }
 }
 

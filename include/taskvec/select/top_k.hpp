@@ -103,12 +103,54 @@ struct magnitude_counts {
 
 TASKVEC_KERNELS_BEGIN
 
-/// Counts the magnitudes of a run above the bracket and inside it, and appends those inside to what is collected, in no
-/// particular order. With vectors the run is whole lines of 64 bytes.
+/// Counts magnitudes above a bracket and inside it, and appends those inside to what is collected, in no particular
+/// order.
+template <arithmetic_element A, int bytes>
+class bracket_counter {
+public:
+    using words = pack_words<A, bytes>;
+    using word = signed_word<A>; // magnitudes have no sign bit: signed compares are the cheap ones
+
+    /// `collected`: room for those inside and a pack; null: they are counted only.
+    TASKVEC_INLINE bracket_counter(bits_type<A> low, bits_type<A> high, bits_type<A>* collected)
+        : low_(filled_words<words>(static_cast<word>(low)))
+        , high_(filled_words<words>(static_cast<word>(high)))
+        , out_(reinterpret_cast<word*>(collected))
+    { }
+    TASKVEC_INLINE void take(const words& magnitude)
+    {
+        const auto over = magnitude > high_, from_low = magnitude >= low_;
+        above_ = added_where(over, above_);
+        reached_ = added_where(from_low, reached_);
+        top_ = larger(top_, magnitude);
+        const auto hit = from_low & ~over;
+        if (out_) { out_ += packed_where(hit, magnitude, out_); }
+    }
+    TASKVEC_INLINE void add_to(magnitude_counts<A>& counts) const
+    {
+        constexpr int lanes = static_cast<int>(pack_lanes<A, bytes>);
+        word over[lanes], from_low[lanes], largest[lanes];
+        std::memcpy(over, &above_, sizeof over);
+        std::memcpy(from_low, &reached_, sizeof from_low);
+        std::memcpy(largest, &top_, sizeof largest);
+        for (int lane = 0; lane < lanes; ++lane) {
+            counts.above += static_cast<std::uint64_t>(over[lane]);
+            counts.inside += static_cast<std::uint64_t>(from_low[lane] - over[lane]);
+            const auto found = static_cast<bits_type<A>>(largest[lane]);
+            counts.largest = found > counts.largest ? found : counts.largest;
+        }
+    }
+
+private:
+    words low_, high_;
+    word* out_;
+    words above_{}, reached_{}, top_{};
+};
+
+/// Looks at a run, which with vectors is whole lines of 64 bytes.
 template <storage_element T, bool difference>
 struct look_kernel {
     using number = arithmetic_type<T>;
-    using word = signed_word<number>; // magnitudes have no sign bit: signed compares are the cheap ones
     static constexpr std::size_t line = 64 / sizeof(T);
 
     const magnitude_run<T>& run_of;
@@ -118,23 +160,13 @@ struct look_kernel {
     TASKVEC_INLINE void run() const
     {
         using stored = stored_pack<T, bytes>;
-        using words = typename stored::pack_type::words;
         constexpr std::size_t group = bytes == 0 ? 1 : line;
         const storage_word<T>*const x = run_of.x, *const base = run_of.base;
         const std::size_t n = run_of.size;
-        const words low = filled_words<words>(static_cast<word>(run_of.low)),
-                    high = filled_words<words>(static_cast<word>(run_of.high));
-        word* out = run_of.collected ? reinterpret_cast<word*>(run_of.collected) + counts.inside : nullptr;
-        words above{}, reached{}, top{};
-        const auto take = [&](const typename stored::pack_type& value) TASKVEC_BODY {
-            const words magnitude = magnitude_of(value);
-            const auto over = magnitude > high, from_low = magnitude >= low;
-            above = added_where(over, above);
-            reached = added_where(from_low, reached);
-            top = larger(top, magnitude);
-            const auto hit = from_low & ~over;
-            if (out) { out += packed_where(hit, magnitude, out); }
-        };
+        bracket_counter<number, bytes> counter(
+            run_of.low, run_of.high, run_of.collected ? run_of.collected + counts.inside : nullptr);
+        const auto take = [&](const typename stored::pack_type& value)
+                              TASKVEC_BODY { counter.take(magnitude_of(value)); };
         for (std::size_t i = 0; i + group <= n; i += group) {
             if constexpr (bytes > 0) {
                 fetch_ahead<line>(x + i);
@@ -155,17 +187,38 @@ struct look_kernel {
                 }
             }
         }
-        constexpr int lanes = stored::pack_type::size;
-        word over[lanes], from_low[lanes], largest[lanes];
-        std::memcpy(over, &above, sizeof over);
-        std::memcpy(from_low, &reached, sizeof from_low);
-        std::memcpy(largest, &top, sizeof largest);
-        for (int lane = 0; lane < lanes; ++lane) {
-            counts.above += static_cast<std::uint64_t>(over[lane]);
-            counts.inside += static_cast<std::uint64_t>(from_low[lane] - over[lane]);
-            const auto found = static_cast<bits_type<number>>(largest[lane]);
-            counts.largest = found > counts.largest ? found : counts.largest;
+        counter.add_to(counts);
+    }
+};
+
+/// Looks at a list of magnitudes.
+template <arithmetic_element A>
+struct look_again_kernel {
+    std::span<const bits_type<A>> list;
+    bits_type<A> low, high;
+    bits_type<A>* collected;
+    magnitude_counts<A>& counts;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t i = 0;
+        if constexpr (bytes > 0) { packs_of<bytes>(i); }
+        packs_of<0>(i);
+    }
+
+private:
+    template <int bytes>
+    TASKVEC_INLINE void packs_of(std::size_t& i) const
+    {
+        using words = pack_words<A, bytes>;
+        using lanes = typename taskvec::detail::vector_of<signed_word<A>, bytes>::anywhere;
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        bracket_counter<A, bytes> counter(low, high, collected ? collected + counts.inside : nullptr);
+        for (; i + width <= list.size(); i += width) {
+            counter.take(words{*reinterpret_cast<const lanes*>(list.data() + i)});
         }
+        counter.add_to(counts);
     }
 };
 
@@ -209,6 +262,16 @@ void look(const magnitude_run<T>& run, magnitude_counts<arithmetic_type<T>>& cou
     if (part.base) { part.base += part.size; }
     part.size = run.size - part.size;
     run_scalar(kernel{part, counts});
+}
+
+/// Looks at a list of magnitudes. `collected`: room for those inside and a pack, or null.
+template <arithmetic_element A>
+[[nodiscard]] magnitude_counts<A> look_again(
+    std::span<const bits_type<A>> list, bits_type<A> low, bits_type<A> high, bits_type<A>* collected = nullptr)
+{
+    magnitude_counts<A> counts;
+    run_widest(look_again_kernel<A>{list, low, high, collected, counts});
+    return counts;
 }
 
 /// Zeroes the entries of a row whose magnitude is below `least`.
@@ -279,6 +342,51 @@ private:
     std::pmr::vector<Bits> members_;
 };
 
+/// Where a sample says that the entry lies which a share of all entries is larger than.
+template <std::unsigned_integral Bits>
+struct sampled_bracket {
+    Bits low = 0, high = 0;
+    Bits value = 0; ///< the sample's own
+    double margin = 0; ///< how many of the sample's ranks it may be off by
+};
+/// All entries, of the sample too, lie in [low, high].
+template <std::unsigned_integral Bits>
+[[nodiscard]] sampled_bracket<Bits> bracket_of(
+    std::span<const Bits> sample, double share, Bits low, Bits high, std::pmr::memory_resource* memory)
+{
+    const double m = static_cast<double>(sample.size());
+    // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
+    const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
+    const double first = share * m - margin, last = share * m + margin;
+    ranking<Bits> ranked(sample, low, high, memory);
+    const auto at = [&](double rank) { return ranked[static_cast<std::size_t>(std::min(m - 1, std::max(0.0, rank)))]; };
+    return {last >= m ? low : at(last), first < 0 ? high : at(first), at(share * m), margin};
+}
+
+/// What ranking says of a long list, by looks at it.
+template <arithmetic_element A>
+[[nodiscard]] bits_type<A> magnitude_of_rank(std::span<const bits_type<A>> list, std::size_t rank, bits_type<A> low,
+    bits_type<A> high, std::pmr::memory_resource* memory)
+{
+    using bits = bits_type<A>;
+    constexpr std::size_t short_list = 8192, sampled = 1024;
+    if (list.size() > short_list) {
+        std::pmr::vector<bits> sample(sampled, memory);
+        for (std::size_t i = 0; i < sampled; ++i) { sample[i] = list[i * (list.size() / sampled)]; }
+        const auto share = static_cast<double>(rank) / static_cast<double>(list.size());
+        const auto bracket = bracket_of<bits>(sample, share, low, high, memory);
+        const auto counts = kernels::look_again<A>(list, bracket.low, bracket.high);
+        if (counts.above <= rank && rank < counts.above + counts.inside && counts.inside <= list.size() / 2) {
+            if (bracket.low == bracket.high) { return bracket.low; }
+            std::pmr::vector<bits> inside(static_cast<std::size_t>(counts.inside) + 64 / sizeof(bits), memory);
+            (void)kernels::look_again<A>(list, bracket.low, bracket.high, inside.data());
+            return magnitude_of_rank<A>(std::span(inside).first(static_cast<std::size_t>(counts.inside)),
+                rank - static_cast<std::size_t>(counts.above), bracket.low, bracket.high, memory);
+        }
+    }
+    return ranking<bits>(list, low, high, memory)[rank];
+}
+
 /// Finds the thresholds of several task vectors ("channels") over a range of chunks in common walks.
 template <arithmetic_element A, class Types = storage_types>
 class top_k_search {
@@ -300,6 +408,7 @@ class top_k_search {
         bool active = false, collecting = false, counting_bins = false;
         unsigned shift = 0;
         std::uint64_t above = 0, inside = 0;
+        double expected = 0; ///< how many lie inside, as far as is known
     };
     struct segment {
         std::size_t chunk = 0;
@@ -435,7 +544,7 @@ private:
     /// Chooses what the next walk asks of a channel.
     void plan(channel& c, attempt& a, std::span<const bits> sample)
     {
-        a = {c.low, c.high, true, false, false, 0, 0, 0};
+        a = {c.low, c.high, true, false, false, 0, 0, 0, static_cast<double>(c.inside)};
         if (c.low == c.high) { return; }
         if (c.inside <= capacity_ / 16) {
             a.collecting = true;
@@ -443,23 +552,21 @@ private:
         }
         if (sample.size() >= 64 && c.sampled_rounds < 3) {
             ++c.sampled_rounds;
-            const double m = static_cast<double>(sample.size()),
-                         share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
-            // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
-            const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
-            const double first = share * m - margin, last = share * m + margin;
-            ranking<bits> ranked(sample, c.low, c.high, memory_);
-            const auto at = [&](double rank) {
-                return ranked[static_cast<std::size_t>(std::min(m - 1, std::max(0.0, rank)))];
-            };
-            a.high = first < 0 ? c.high : at(first);
-            a.low = last >= m ? c.low : at(last);
-            // One value that fills the bracket and more is looked at alone: its equals are counted, not collected.
-            const bits value = at(share * m);
-            if (static_cast<double>(std::count(sample.begin(), sample.end(), value)) > margin) {
-                a.low = a.high = value;
-            }
+            const double share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
+            const auto found = bracket_of<bits>(sample, share, c.low, c.high, memory_);
+            a.low = found.low;
+            a.high = found.high;
             a.collecting = true;
+            const auto of_all = [&](const auto& holds) {
+                return static_cast<double>(c.inside) / static_cast<double>(sample.size())
+                    * static_cast<double>(std::count_if(sample.begin(), sample.end(), holds));
+            };
+            a.expected = of_all([&](bits x) { return x >= a.low && x <= a.high; });
+            // One value that fills the bracket and more, and would not fit, is looked at alone: its equals are counted.
+            if (a.expected > static_cast<double>(capacity_) / 2
+                && static_cast<double>(std::count(sample.begin(), sample.end(), found.value)) > found.margin) {
+                a.low = a.high = found.value;
+            }
             return;
         }
         a.counting_bins = true;
@@ -472,6 +579,14 @@ private:
     {
         const std::size_t count = range_.last - range_.first,
                           share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
+        for (std::size_t t = 0; t < attempts.size(); ++t) {
+            const attempt& a = attempts[t];
+            if (!a.active || !a.collecting || a.low == a.high) { continue; }
+            const double each = 1.1 * a.expected / static_cast<double>(seen.workers()) + block_size;
+            for (std::size_t w = 0; w < seen.workers(); ++w) {
+                seen.of(w, t).values.reserve(static_cast<std::size_t>(std::min(each, static_cast<double>(share))));
+            }
+        }
         progress_meter meter(policy_, "select", bytes_of(models_, range_));
         for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
             const tensor_chunk& piece = models_.chunks()[range_.first + index];
@@ -616,22 +731,23 @@ private:
             }
         }
         else if (!overflow) {
-            std::pmr::vector<bits> values(memory_);
-            values.reserve(static_cast<std::size_t>(a.inside));
-            for (std::size_t w = 0; w < seen.workers(); ++w) {
+            std::pmr::vector<bits> joined(memory_);
+            if (seen.workers() > 1) { joined.reserve(static_cast<std::size_t>(a.inside)); }
+            for (std::size_t w = 0; w < seen.workers() && seen.workers() > 1; ++w) {
                 const auto& found = seen.of(w, t).values;
-                values.insert(values.end(), found.begin(), found.end());
+                joined.insert(joined.end(), found.begin(), found.end());
             }
+            const std::span<const bits> values = seen.workers() > 1 ? joined : seen.of(0, t).values;
             const bits answer =
-                ranking<bits>(values, a.low, a.high, memory_)[static_cast<std::size_t>(c.k - c.above - 1)];
+                magnitude_of_rank<A>(values, static_cast<std::size_t>(c.k - c.above - 1), a.low, a.high, memory_);
             std::pmr::vector<std::uint32_t> equal(range_.last - range_.first, 0, memory_);
             for (std::size_t w = 0; w < seen.workers(); ++w) {
                 const collected& worker = seen.of(w, t);
                 for (const auto& [index, begin, end] : worker.segments) {
-                    for (std::size_t i = begin; i < end; ++i) {
-                        equal[index] += worker.values[i] == answer;
-                        c.above += worker.values[i] > answer;
-                    }
+                    const auto counts =
+                        kernels::look_again<A>(std::span(worker.values).subspan(begin, end - begin), answer, answer);
+                    equal[index] += static_cast<std::uint32_t>(counts.inside);
+                    c.above += counts.above;
                 }
             }
             finish(t, answer, equal);
@@ -651,7 +767,17 @@ private:
         const tensor_chunk& piece = models_.chunks()[range_.first + index];
         with_block_of<Types>(workspaces_[0], models_.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) {
+                if (wanted == 0) { return; }
                 const auto* const values = opened.delta(t);
+                if constexpr (std::same_as<std::remove_cvref_t<decltype(*values)>, A>) {
+                    kernels::magnitude_counts<A> counts;
+                    kernels::look<false>(
+                        kernels::magnitude_run<A>{values, nullptr, opened.size(), answer, answer, nullptr}, counts);
+                    if (counts.inside < wanted) {
+                        wanted -= counts.inside;
+                        return;
+                    }
+                }
                 for (std::size_t i = 0; i < opened.size() && wanted > 0; ++i) {
                     if (magnitude_bits(static_cast<A>(values[i])) == answer && --wanted == 0) {
                         c.threshold.equal_end = opened.position() + i + 1;
