@@ -13703,6 +13703,7 @@ template <class Types = storage_types>
 struct top_k_by_sampling {
     const cpu* policy;
     const aligned_models* models;
+    std::size_t at_once = 1; ///< how many such searches there are at a time, which share the budget
 
     template <arithmetic_element A>
     [[nodiscard]] std::vector<top_k_threshold<A>> operator()(
@@ -13710,9 +13711,51 @@ struct top_k_by_sampling {
     {
         // Half the budget for what a pass collects, for all tasks together.
         const std::size_t capacity =
-            std::min(std::size_t{1} << 22, models->options().memory / 2 / (models->task_count() * sizeof(A)));
+            std::min(std::size_t{1} << 22, models->options().memory / 2 / (models->task_count() * sizeof(A) * at_once));
         const chunk_range chunks{models->first_chunk(range.first), models->first_chunk(range.last)};
         return top_k_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
+    }
+
+    /// Calls f(tensor, search) for every tensor, with what searches that tensor: several tensors at a time on a thread
+    /// each, for one search has little to do for many; those that are large beside the others one by one, on all
+    /// threads. Of what f throws, that of the first tensor.
+    template <class F>
+    void for_each_tensor(const F& f) const
+    {
+        const auto& tensors = models->tensors();
+        const std::size_t workers = worker_count(*policy, tensors.size());
+        const std::uint64_t total = bytes_of(*models, all_chunks(*models));
+        const auto large = [&](std::size_t i) {
+            return workers == 1 || tensors[i].size > models->elements() / (8 * workers);
+        };
+        progress_meter meter(*policy, "select", total);
+        std::uint64_t before = 0; // bytes of the tensors that come before one that is searched by itself
+        const auto searched = [&](std::size_t i) {
+            const std::uint64_t bytes = bytes_of(*models, {models->first_chunk(i), models->first_chunk(i + 1)});
+            if (!meter.advance(bytes)) { raise<cancelled>(error_code::cancelled); }
+            return bytes;
+        };
+        cpu together{policy->threads, policy->executor, policy->memory, {}};
+        if (policy->progress) {
+            together.progress = [&](const progress_event& event) {
+                return policy->progress({event.phase, before + event.done, total, event.unit});
+            };
+        }
+        const cpu alone = sequential(*policy);
+        for (std::size_t i = 0, end = 0; i < tensors.size(); i = end) {
+            end = i + 1;
+            if (large(i)) {
+                f(i, top_k_by_sampling{&together, models});
+                before += searched(i);
+                continue;
+            }
+            while (end < tensors.size() && !large(end)) { ++end; }
+            for_each_index(*policy, end - i, [&](std::size_t index, std::size_t) {
+                f(i + index, top_k_by_sampling{&alone, models, workers});
+                (void)searched(i + index);
+            });
+            before += bytes_of(*models, {models->first_chunk(i), models->first_chunk(end)});
+        }
     }
 };
 
@@ -13822,8 +13865,11 @@ private:
     void find(const aligned_models& models, const Count& count, bool equals, const Search& search,
         std::vector<top_k_threshold<A>>& thresholds)
     {
-        const auto add = [&](tensor_range range, std::uint64_t n) {
-            const top_k_threshold<A> none{static_cast<bits_type<A>>(~sign_mask<A>), 0}; // above every magnitude
+        const std::size_t scopes = per_tensor_ ? models.tensors().size() : 1;
+        const top_k_threshold<A> none{static_cast<bits_type<A>>(~sign_mask<A>), 0}; // above every magnitude
+        thresholds.assign(scopes * tasks_, none);
+        std::vector<unsigned> walks(scopes, 0);
+        const auto find_in = [&](std::size_t at, tensor_range range, std::uint64_t n, const auto& found_by) {
             std::vector<std::uint64_t> counts;
             std::vector<bool> empty;
             for (std::size_t t = 0; t < tasks_; ++t) {
@@ -13835,23 +13881,26 @@ private:
                 empty.push_back(k == 0);
                 counts.push_back(std::max<std::uint64_t>(1, k)); // a search finds one at least
             }
-            if (std::find(empty.begin(), empty.end(), false) == empty.end()) {
-                thresholds.resize(thresholds.size() + tasks_, none);
-                return;
-            }
-            unsigned walks = 0;
+            if (std::find(empty.begin(), empty.end(), false) == empty.end()) { return; }
             std::size_t task = 0;
             for (auto threshold :
-                search(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks)) {
+                found_by(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks[at])) {
                 if (equals) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
-                thresholds.push_back(empty[task++] ? none : threshold);
+                if (!empty[task]) { thresholds[at * tasks_ + task] = threshold; }
+                ++task;
             }
-            walks_ = std::max(walks_, walks);
         };
-        if (!per_tensor_) { add({0, models.tensors().size()}, models.elements()); }
-        else {
-            for (std::size_t i = 0; i < models.tensors().size(); ++i) { add({i, i + 1}, models.tensors()[i].size); }
+        const auto in_tensor = [&](std::size_t i, const auto& found_by) {
+            find_in(i, {i, i + 1}, models.tensors()[i].size, found_by);
+        };
+        if (!per_tensor_) { find_in(0, {0, models.tensors().size()}, models.elements(), search); }
+        else if constexpr (requires { search.for_each_tensor(in_tensor); }) {
+            search.for_each_tensor(in_tensor);
         }
+        else {
+            for (std::size_t i = 0; i < scopes; ++i) { in_tensor(i, search); }
+        }
+        for (const unsigned taken : walks) { walks_ = std::max(walks_, taken); }
     }
 
     std::vector<top_k_threshold<float>> single_;

@@ -1,10 +1,12 @@
 // Exact top-k against a full sort.
 // SPDX-License-Identifier: Apache-2.0
+#include <taskvec/select/thresholds.hpp>
 #include <taskvec/select/top_k.hpp>
 
 #include <doctest/doctest.h>
 
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -190,6 +192,62 @@ TEST_CASE("little memory, threads and chunks change nothing")
         }
     }
     for (const auto& threshold : found) { CHECK(threshold == found[0]); }
+}
+
+TEST_CASE("tensors that are searched at a time have the thresholds that each has by itself")
+{
+    const std::vector<std::size_t> sizes{700'000, 3, 40'000, 40'000, 0, 300'000, 90'000, 1, 90'000, 500'000, 20'000};
+    std::vector<std::vector<bf16>> base, task;
+    const_model_ref base_model, task_model;
+    for (const std::size_t n : sizes) { // small steps of bf16: few magnitudes
+        const auto seed = static_cast<unsigned>(base.size());
+        base.push_back(random_values<bf16>(n, seed + 1));
+        auto moved = random_values<bf16>(n, seed + 50);
+        for (std::size_t i = 0; i < n; ++i) {
+            moved[i] = narrow<bf16>(widen<float>(base.back()[i]) + 0.01f * widen<float>(moved[i]));
+        }
+        task.push_back(std::move(moved));
+    }
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        const auto name = "t" + std::to_string(100 + i);
+        base_model.insert(name, {base[i].data(), dtype::bf16, {static_cast<std::int64_t>(sizes[i])}});
+        task_model.insert(name, {task[i].data(), dtype::bf16, {static_cast<std::int64_t>(sizes[i])}});
+    }
+    const aligned_models models(&base_model, {&task_model, 1});
+    for (const unsigned threads : {1u, 2u, 5u}) {
+        CAPTURE(threads);
+        std::uint64_t last = 0, total = 0;
+        const cpu policy{.threads = threads, .progress = [&](const progress_event& event) {
+                             CHECK(event.phase == "select");
+                             CHECK(event.done <= event.total);
+                             last = event.done;
+                             total = event.total;
+                             return true;
+                         }};
+        const trim_thresholds found(policy, models, 0.2, scope::tensor);
+        CHECK(last == total);
+        for (std::size_t i = 0; i < sizes.size(); ++i) {
+            CAPTURE(i);
+            if (sizes[i] == 0) { continue; }
+            std::vector<float> delta(sizes[i]);
+            for (std::size_t k = 0; k < sizes[i]; ++k) {
+                delta[k] = widen<float>(task[i][k]) - widen<float>(base[i][k]);
+            }
+            auto expected = top_k(cpu{.threads = 1}, delta, top_k_count(0.2, sizes[i]));
+            if (expected.equal_end <= sizes[i]) { expected.equal_end += models.tensors()[i].position; }
+            CHECK(found.get<float>(i, 0) == expected);
+        }
+    }
+    const cpu stopped{.threads = 2, .progress = [](const progress_event&) { return false; }};
+    CHECK_THROWS_AS(trim_thresholds(stopped, models, 0.2, scope::tensor), cancelled);
+    // What is not finite is named in the first tensor that has it, whichever is searched by itself.
+    for (const std::size_t wrong : {9, 6, 0}) {
+        task[wrong][1] = narrow<bf16>(std::numeric_limits<float>::quiet_NaN());
+        for (const unsigned threads : {1u, 3u}) {
+            CHECK_THROWS_WITH_AS(trim_thresholds(cpu{.threads = threads}, models, 0.2, scope::tensor),
+                doctest::Contains(("'t" + std::to_string(100 + wrong) + "'").c_str()), nonfinite_error);
+        }
+    }
 }
 
 TEST_CASE("an f64 threshold selects the same f32 entries")
