@@ -1,0 +1,201 @@
+// Values of a configuration in YAML.
+// SPDX-License-Identifier: Apache-2.0
+#include "config_values.hpp"
+
+#include "names.hpp"
+
+#include <algorithm>
+#include <cctype>
+#include <charconv>
+#include <cmath>
+#include <cstdint>
+#include <string_view>
+#include <system_error>
+
+namespace tool::configuration {
+
+std::string shown(const std::string& text)
+{
+    return text.size() > 80 ? text.substr(0, 80) + "…" : text;
+}
+
+std::string kind_of(const YAML::Node& node)
+{
+    return node.IsMap()     ? "a mapping"
+        : node.IsSequence() ? "a list"
+        : node.IsNull()     ? "nothing"
+                            : "'" + shown(node.Scalar()) + "'";
+}
+
+std::string meant(const std::string& word, const std::vector<std::string>& known)
+{
+    const auto like = tool::closest_name(word, known);
+    if (!like.empty()) { return "; did you mean '" + like + "'?"; }
+    std::string text;
+    for (const auto& name : known) { text += (text.empty() ? "; expected " : ", ") + name; }
+    return text;
+}
+
+mapping::mapping(const place& where, const YAML::Node& node, const std::string& what)
+    : node_(node)
+{
+    if (!node.IsMap()) { where.fail(node, what + " is " + kind_of(node) + "; expected a mapping"); }
+    std::set<std::string> seen;
+    taken_.insert(node.Mark().pos);
+    add(where, node, what, seen, 0);
+}
+
+mapping::mapping(
+    const place& where, const YAML::Node& node, const std::string& what, const std::vector<std::string>& known)
+    : mapping(where, node, what)
+{
+    for (const auto& one : entries_) {
+        if (!std::count(known.begin(), known.end(), one.name)) {
+            where.fail(one.key, "'" + shown(one.name) + "' is no key of " + what + meant(one.name, known));
+        }
+    }
+}
+
+void mapping::add(
+    const place& where, const YAML::Node& node, const std::string& what, std::set<std::string>& seen, std::size_t depth)
+{
+    constexpr std::size_t deepest = 16, most = 1000;
+    const auto too_many = [&] { where.fail(node, what + " takes over too many others ('<<')"); };
+    if (depth > deepest) { too_many(); }
+    std::set<std::string> own;
+    std::vector<YAML::Node> others;
+    for (const auto& pair : node) {
+        if (!pair.first.IsScalar()) { where.fail(pair.first, "a key is " + kind_of(pair.first)); }
+        const auto key = pair.first.Scalar();
+        if (!own.insert(key).second) { where.fail(pair.first, "'" + shown(key) + "' stands twice in " + what); }
+        if (key == "<<") {
+            if (pair.second.IsSequence()) {
+                for (const auto& one : pair.second) { others.push_back(one); }
+            }
+            else {
+                others.push_back(pair.second);
+            }
+        }
+        else if (seen.insert(key).second) {
+            entries_.push_back({key, pair.first, pair.second});
+        }
+    }
+    for (const auto& other : others) {
+        if (!other.IsMap()) { where.fail(other, "'<<' in " + what + " is " + kind_of(other) + "; expected a mapping"); }
+        if (++others_ > most) { too_many(); }
+        if (taken_.insert(other.Mark().pos).second) { add(where, other, what, seen, depth + 1); }
+    }
+}
+
+std::string scalar_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    if (!node.IsScalar()) { where.fail(node, what + " is " + kind_of(node) + "; expected one word"); }
+    return node.Scalar();
+}
+
+std::optional<double> parse_number(const YAML::Node& node)
+{
+    std::string text;
+    const auto& given = node.Scalar();
+    const auto is_digit = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; };
+    for (std::size_t i = 0; i < given.size(); ++i) {
+        const bool between =
+            given[i] == '_' && i > 0 && i + 1 < given.size() && is_digit(given[i - 1]) && is_digit(given[i + 1]);
+        if (!between) { text += given[i]; }
+    }
+    const bool negative = text.starts_with('-');
+    std::string_view digits = text;
+    if (negative || text.starts_with('+')) { digits.remove_prefix(1); }
+    if (digits.empty() || digits[0] == '-' || digits[0] == '+') { return std::nullopt; }
+    const bool plain = node.Tag() != "!"; // that of quotes
+    const int base = digits.starts_with("0x") ? 16 : digits.starts_with("0b") ? 2 : 8;
+    if (plain && digits.size() > 1 && digits[0] == '0'
+        && (base != 8 || digits.find_first_not_of("01234567") == digits.npos)) {
+        if (base != 8) { digits.remove_prefix(2); }
+        std::uint64_t whole = 0;
+        const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), whole, base);
+        if (failure != std::errc{} || end != digits.data() + digits.size()) { return std::nullopt; }
+        return (negative ? -1.0 : 1.0) * static_cast<double>(whole);
+    }
+    double value = 0;
+    const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+    if (failure != std::errc{} || end != digits.data() + digits.size() || !std::isfinite(value)) {
+        return std::nullopt;
+    }
+    return negative ? -value : value;
+}
+
+double number_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    const auto text = scalar_of(where, node, what);
+    const auto value = parse_number(node);
+    if (!value) { where.fail(node, what + " is '" + shown(text) + "'; expected a number"); }
+    return *value;
+}
+
+std::optional<bool> parse_truth(const YAML::Node& node)
+{
+    auto text = node.Scalar();
+    std::transform(text.begin(), text.end(), text.begin(),
+        [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+    for (const auto* word : {"true", "yes", "on"}) {
+        if (text == word) { return true; }
+    }
+    for (const auto* word : {"false", "no", "off"}) {
+        if (text == word) { return false; }
+    }
+    return std::nullopt;
+}
+
+bool truth_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    const auto text = scalar_of(where, node, what);
+    if (const auto truth = parse_truth(node)) { return *truth; }
+    if (const auto number = parse_number(node)) { return *number != 0; } // as mergekit has written them: 1.0
+    where.fail(node, what + " is '" + shown(text) + "'; expected true or false");
+}
+
+std::vector<setting> settings_of(const place& where, const YAML::Node& node, const std::string& name)
+{
+    std::vector<setting> result;
+    const auto add = [&](const YAML::Node& one) {
+        const mapping part(where, one, "a value of '" + name + "'", {"filter", "value"});
+        const auto value = part.find("value");
+        if (!value) { where.fail(one, "'" + name + "': a filter without a 'value'"); }
+        setting made{"", value->value};
+        if (const auto filter = part.find("filter")) {
+            made.filter = scalar_of(where, filter->value, "the filter");
+            if (made.filter == "*") { made.filter.clear(); }
+        }
+        result.push_back(std::move(made));
+    };
+    if (node.IsMap()) { add(node); }
+    else if (node.IsSequence() && node.size() > 0 && node[0].IsMap()) {
+        for (const auto& one : node) { add(one); }
+    }
+    else {
+        result.push_back({"", node});
+    }
+    for (const auto& one : result) {
+        if (one.value.IsScalar()) { continue; }
+        if (!one.value.IsSequence() || one.value.size() == 0) {
+            where.fail(one.value,
+                "'" + name + "' is " + (one.value.IsSequence() ? "an empty list" : kind_of(one.value))
+                    + "; expected a value, a list of numbers over the layers, or a list of filters with values");
+        }
+        constexpr std::size_t most = 1000;
+        if (one.value.size() > most) {
+            where.fail(one.value,
+                taskvec::message("'", name, "' is a list of ", one.value.size(),
+                    " numbers over the layers; expected at most ", most));
+        }
+        for (const auto& number : one.value) {
+            if (!number.IsScalar()) {
+                where.fail(number, "'" + name + "' has " + kind_of(number) + " in a list of numbers");
+            }
+        }
+    }
+    return result;
+}
+
+} // namespace tool::configuration
