@@ -1,23 +1,15 @@
 // Any text is a configuration that becomes a request, or refused. scripts/fuzz compiles it together with
-// tools/run_config.cpp; what does the work stands here as functions that do nothing. In the suite the tool itself goes
+// tools/config_*.cpp; what does the work stands here as functions that do nothing. In the suite the tool itself goes
 // through the corpus. SPDX-License-Identifier: Apache-2.0
-#include "../../../tools/run_config.cpp" // what it has is in no header
-
+#include "../../../tools/run_config.hpp"
+#include "../../../tools/mergekit_words.hpp"
+#include "../../../tools/scoring.hpp"
 #include "../fuzz.hpp"
 #include "stand_ins.hpp"
 
 #include <taskvec/formats/safetensors.hpp>
 
 namespace tool {
-
-register_verb::register_verb(int, const char*, const char*, void (*)(command&)) { }
-void add_run_options(command&, run_options&) { }
-void add_copy_options(command&, copy_request&) { }
-void add_index_option(command&, std::string&) { }
-void add_resume_option(command&, resume_request&, const std::string&) { }
-void add_overflow_option(command&, std::string&) { }
-void add_nonfinite_option(command&, std::string&) { }
-void add_shard_size_option(command&, std::string&) { }
 
 /// Every method, with a few rows.
 const std::vector<method_entry>& all_methods()
@@ -121,11 +113,11 @@ TASKVEC_FUZZ_TARGET(run_config)
     static const models_of_configurations models;
     const fuzz::memory_file file(std::string_view(reinterpret_cast<const char*>(data), size));
     fuzz::read([&] {
-        run_settings given;
+        tool::run_settings given;
         given.config = file.path();
         given.request.out = "out";
         try {
-            run_config(given);
+            tool::run_config(given);
         }
         catch (const tool::usage_error& refused) {
             fuzz::expect(*refused.what() != 0, "wrong usage without words");

@@ -1,0 +1,1427 @@
+// One document of a configuration becomes a request.
+// SPDX-License-Identifier: Apache-2.0
+#include "config_document.hpp"
+
+#include "chat_templates.hpp"
+#include "mergekit_words.hpp"
+#include "vocabulary.hpp"
+#include "words.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <optional>
+#include <set>
+
+namespace tool::configuration {
+
+namespace {
+
+/// A pattern that occurs where the text does.
+std::string escaped(const std::string& text)
+{
+    std::string pattern;
+    for (const char c : text) {
+        if (std::string_view("^$\\.*+?()[]{}|").find(c) != std::string_view::npos) { pattern += '\\'; }
+        pattern += c;
+    }
+    return pattern;
+}
+
+fs::path cache_of_hub()
+{
+    const auto variable = [](const char* name) {
+        const char* value = std::getenv(name);
+        return std::string(value ? value : "");
+    };
+    for (const auto* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}) {
+        if (auto folder = variable(name); !folder.empty()) { return folder; }
+    }
+    if (auto home = variable("HF_HOME"); !home.empty()) { return fs::path(home) / "hub"; }
+    if (auto cache = variable("XDG_CACHE_HOME"); !cache.empty()) { return fs::path(cache) / "huggingface/hub"; }
+    return fs::path(variable("HOME")) / ".cache/huggingface/hub";
+}
+
+/// A model of the configuration: what is there under its name, or the Hub's copy of it on this machine.
+fs::path find_model(const place& where, const YAML::Node& node, const std::string& name)
+{
+    std::error_code ignored;
+    if (fs::exists(name, ignored)) { return name; }
+    const auto at = name.find('@');
+    auto repository = name.substr(0, at);
+    auto revision = at == name.npos ? std::string("main") : name.substr(at + 1);
+    const auto plain = [](const std::string& text, std::size_t slashes) {
+        return !text.empty() && !text.starts_with('.') && text.find("..") == text.npos
+            && static_cast<std::size_t>(std::count(text.begin(), text.end(), '/')) <= slashes
+            && std::none_of(text.begin(), text.end(), [](char c) { return c == '\\' || c == '\n' || c == '\0'; });
+    };
+    const auto cache = cache_of_hub();
+    if (plain(repository, 1) && !repository.starts_with('/') && plain(revision, 8) && !revision.starts_with('/')) {
+        for (std::size_t i = 0; (i = repository.find('/', i)) != repository.npos;) { repository.replace(i, 1, "--"); }
+        const auto folder = cache / ("models--" + repository);
+        if (std::ifstream reference(folder / "refs" / revision); reference) {
+            std::string hash;
+            if (reference >> hash && plain(hash, 0)) { revision = hash; }
+        }
+        if (auto found = folder / "snapshots" / revision; fs::is_directory(found, ignored)) { return found; }
+    }
+    where.fail(node,
+        "there is no model '" + shown(name) + "': no file or directory has this name, and the Hub's cache '"
+            + cache.string() + "' does not hold it; nothing is downloaded: fetch it first, or give a path",
+        taskvec::error_code::model_not_found);
+}
+
+/// A model among `models` or `sources`. Copied, never assigned: an assignment to a node writes into the document.
+struct input {
+    std::string name, path, adapter;
+    YAML::Node at; ///< its name
+    std::optional<YAML::Node> parameters{}, layers{};
+    std::size_t first = 0, last = 0; ///< its layers, in a slice of several
+};
+
+/// What is merged by itself: all, or a slice of the layers.
+struct slice {
+    std::vector<input> inputs; ///< the base not among them
+    std::vector<YAML::Node> parameters; ///< of all its inputs, what counts most first
+    std::optional<input> base{};
+    std::optional<part_of_model> part{}; ///< of the result; nothing: all
+};
+
+/// A tensor of a model's files.
+struct stored_tensor {
+    std::string name;
+    taskvec::dtype dtype{};
+    taskvec::extents shape;
+    bool quantised = false;
+};
+
+/// What transformers once stored beside the weights, and makes by itself: the end of its name, as a pattern, where a
+/// tensor is one; else empty. mergekit passes over all that its architectures do not name.
+std::string buffer_pattern(const stored_tensor& tensor)
+{
+    const auto ends = [&](const std::string& with) { return tensor.name == with || tensor.name.ends_with("." + with); };
+    for (const std::string name : {"rotary_emb.inv_freq", "embeddings.position_ids"}) {
+        if (ends(name)) { return "(^|\\.)" + escaped(name) + "$"; }
+    }
+    for (const std::string name : {"attn", "attention"}) {
+        const auto& shape = tensor.shape;
+        const bool mask = shape.size() == 4 && shape[0] == 1 && shape[1] == 1 && shape[2] == shape[3];
+        if (mask && ends(name + ".bias")) { return "(^|\\.)" + name + "\\.bias$"; }
+        if (shape.empty() && ends(name + ".masked_bias")) { return "(^|\\.)" + name + "\\.masked_bias$"; }
+    }
+    return "";
+}
+
+/// The dtype that holds the numbers of both, as PyTorch has it.
+taskvec::dtype promoted(taskvec::dtype a, taskvec::dtype b)
+{
+    if (a == b) { return a; }
+    return a == taskvec::dtype::f64 || b == taskvec::dtype::f64 ? taskvec::dtype::f64 : taskvec::dtype::f32;
+}
+
+/// One document of a file.
+class reader {
+public:
+    /// `there`: whether the results of stages are.
+    reader(run_settings& given, const YAML::Node& document, const stages& others, bool there)
+        : given_(given)
+        , where_(given.config)
+        , document_(document)
+        , stages_(others)
+        , stages_are_there_(there)
+        , copies_are_given_(!given.request.copies.from.empty())
+    { }
+
+    void read()
+    {
+        const mapping top(where_, document_, "a configuration",
+            {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
+                "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
+        read_method(top);
+        auto base = top.find("base_model");
+        read_models(top, base);
+        set_base(base);
+        read_dtype(top);
+        const auto own = read_own(top);
+        read_parameters();
+        request().options.insert(request().options.end(), own.begin(), own.end());
+        check_tokenizers(top);
+        read_chat_template(top);
+        if (stages_are_there_ || stages_.empty()) { // looked at when all of them are
+            leave_buffers_out();
+            promote();
+        }
+    }
+
+    /// The other documents whose results this one takes, once it is read: where each is named first.
+    [[nodiscard]] const stages_named& needs() const { return needs_; }
+
+private:
+    using scopes = std::vector<YAML::Node>;
+
+    void read_method(const mapping& top)
+    {
+        const auto one = top.find("merge_method");
+        if (!one) { where_.fail(top.node(), "'merge_method' is missing"); }
+        const auto name = scalar_of(where_, one->value, "merge_method");
+        std::vector<std::string> known;
+        for (const auto& method : mergekit_methods()) {
+            known.push_back(method.theirs);
+            if (method.theirs == name) { method_ = &method; }
+        }
+        at_method_ = one->value;
+        given_.at_method = where_.of(one->value);
+        auto ours = name; // the names of --method do as well
+        std::replace(ours.begin(), ours.end(), '_', '-');
+        if (const auto* entry = method_named(ours); entry && !method_) {
+            for (const auto& method : mergekit_methods()) {
+                if (method.ours == entry->name) { method_ = &method; }
+            }
+        }
+        if (!method_) { where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known)); }
+        request().method = method_->ours;
+    }
+
+    input read_input(const YAML::Node& node, bool slice)
+    {
+        if (const auto place = inputs_read_.find(node.Mark().pos); place != inputs_read_.end()) {
+            return place->second;
+        }
+        auto keys = std::vector<std::string>{"model", "parameters"};
+        if (slice) { keys.insert(keys.begin() + 1, "layer_range"); }
+        const mapping part(where_, node, slice ? "a source" : "a model", keys);
+        const auto model = part.find("model");
+        if (!model) { where_.fail(node, "'model' is missing"); }
+        auto made = named(model->value);
+        if (const auto given = part.find("parameters")) { made.parameters = given->value; }
+        if (const auto range = part.find("layer_range")) { made.layers = range->value; }
+        if (slice && !made.layers) { where_.fail(node, "'layer_range' is missing, such as [0, 32]"); }
+        inputs_read_.emplace(node.Mark().pos, made);
+        return made;
+    }
+
+    /// The name of a model, which mergekit writes as a mapping too: `{model: {path: P, revision: R}, lora: {path: L}}`.
+    std::string reference_of(const YAML::Node& node)
+    {
+        if (!node.IsMap()) { return scalar_of(where_, node, "a model"); }
+        const auto path_of = [&](const YAML::Node& part) {
+            if (!part.IsMap()) { return scalar_of(where_, part, "a model"); }
+            const mapping parts(where_, part, "a model", {"path", "revision"});
+            const auto place = parts.find("path");
+            if (!place) { where_.fail(part, "a model without a 'path'"); }
+            auto text = scalar_of(where_, place->value, "a path");
+            if (const auto revision = parts.find("revision")) {
+                text += "@" + scalar_of(where_, revision->value, "a revision");
+            }
+            return text;
+        };
+        const mapping parts(where_, node, "a model", {"model", "lora", "override_architecture", "path", "revision"});
+        if (const auto one = parts.find("override_architecture")) {
+            where_.fail(one->key, "'override_architecture' is not supported: names tell what tensors are");
+        }
+        if (parts.find("path")) { return path_of(node); }
+        const auto model = parts.find("model");
+        if (!model) { where_.fail(node, "a model without a 'path'"); }
+        const auto lora = parts.find("lora");
+        return path_of(model->value) + (lora ? "+" + path_of(lora->value) : "");
+    }
+
+    input named(const YAML::Node& node)
+    {
+        input made;
+        made.at = node;
+        made.name = reference_of(node);
+        const auto plus = made.name.find('+');
+        for (const auto end : {made.name.npos, plus}) { // by itself, or with an adapter
+            const auto stage = stages_.find(made.name.substr(0, end));
+            if (stage == stages_.end()) { continue; }
+            needs_.emplace(stage->first, node);
+            made.path = stage->second.string();
+            if (end != made.name.npos) { made.adapter = find_model(where_, node, made.name.substr(end + 1)).string(); }
+            return made;
+        }
+        std::error_code ignored;
+        if (plus != made.name.npos && !fs::exists(made.name, ignored)) {
+            made.path = find_model(where_, node, made.name.substr(0, plus)).string();
+            made.adapter = find_model(where_, node, made.name.substr(plus + 1)).string();
+        }
+        else {
+            made.path = find_model(where_, node, made.name).string();
+        }
+        return made;
+    }
+
+    void read_models(const mapping& top, std::optional<mapping::entry>& base)
+    {
+        if (const auto modules = top.find("modules")) {
+            const mapping all(where_, modules->value, "'modules'");
+            if (all.entries().size() != 1 || top.find("models") || top.find("slices")) {
+                where_.fail(modules->key,
+                    all.entries().empty() ? "'modules' is empty; expected one, or 'models' instead"
+                        : all.entries().size() == 1
+                        ? "'modules' is given beside 'models' or 'slices'; expected one of them"
+                        : "'modules' has several of them, and one is supported: give "
+                          "'models' for all tensors, with filters where modules differ");
+            }
+            const mapping one(where_, all.entries().front().value, "a module", {"models", "slices", "parameters"});
+            read_parts(one, base);
+            if (const auto given = top.find("parameters")) {
+                for (auto& part : slices_) { part.parameters.push_back(given->value); }
+            }
+            return;
+        }
+        read_parts(top, base);
+    }
+
+    /// What a configuration, or its only module, says of models.
+    void read_parts(const mapping& top, std::optional<mapping::entry>& base)
+    {
+        const auto models = top.find("models"), slices = top.find("slices");
+        if (models && slices) {
+            where_.fail(slices->key, "'models' and 'slices' are both given; expected one of them");
+        }
+        if (!models && !slices) { where_.fail(top.node(), "'models' is missing (or 'slices')"); }
+        YAML::Node list(models ? models->value : slices->value);
+        if (!list.IsSequence() || list.size() == 0) {
+            where_.fail(list,
+                std::string(models ? "'models' is " : "'slices' is ")
+                    + (list.IsSequence() ? "an empty list" : kind_of(list))
+                    + (models ? "; expected a list of models" : "; expected a list of slices"));
+        }
+        if (slices) { read_slices(list, base); }
+        else {
+            slices_.emplace_back();
+            read_inputs(list, slices_.back(), false);
+        }
+        for (auto& one : slices_) {
+            if (const auto given = top.find("parameters")) { one.parameters.push_back(given->value); }
+        }
+    }
+
+    void read_inputs(const YAML::Node& list, slice& to, bool layers)
+    {
+        constexpr std::size_t most = 1000;
+        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
+        constexpr std::size_t most_of_all = 100000; // aliases make many of few
+        if ((models_read_ += list.size()) > most_of_all) {
+            where_.fail(list, taskvec::message("there are more than ", most_of_all, " models in all slices"));
+        }
+        auto& inputs = to.inputs;
+        for (const auto& node : list) {
+            inputs.push_back(read_input(node, layers));
+            for (std::size_t i = 0; i + 1 < inputs.size(); ++i) {
+                if (inputs[i].path == inputs.back().path && inputs[i].adapter == inputs.back().adapter) {
+                    where_.fail(inputs.back().at, "'" + inputs.back().name + "' stands twice among the models");
+                }
+            }
+        }
+    }
+
+    void read_slices(const YAML::Node& list, std::optional<mapping::entry>& base)
+    {
+        constexpr std::size_t most = 10000;
+        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " slices")); }
+        bool whole = list.size() == 1;
+        std::size_t begin = 0;
+        std::optional<mapping::entry> own_base;
+        for (const auto& node : list) {
+            const auto& part = mapping_at(node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
+            if (const auto one = part.find("residual_weight")) {
+                where_.fail(one->key, "'residual_weight' is not supported");
+            }
+            slice made;
+            if (const auto given = part.find("parameters")) { made.parameters.push_back(given->value); }
+            const auto sources = part.find("sources");
+            if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
+                where_.fail(node, "a slice without a list of 'sources'");
+            }
+            read_inputs(sources->value, made, true);
+            for (auto& one : made.inputs) {
+                whole = read_layers(one) && whole;
+                const auto wanted = made.inputs.front().last - made.inputs.front().first;
+                if (one.last - one.first != wanted) {
+                    where_.fail(*one.layers,
+                        taskvec::message("'", one.name, "' gives ", counted(one.last - one.first, "layer"), " and '",
+                            made.inputs.front().name, "' ", wanted, "; expected as many of each source of a slice"));
+                }
+            }
+            if (const auto own = part.find("base_model")) {
+                own_base.emplace(*own);
+                made.base = named(own->value);
+            }
+            else if (base) {
+                made.base = named(base->value);
+            }
+            const auto end = begin + made.inputs.front().last - made.inputs.front().first;
+            made.part = {begin, end, slices_.empty(), slices_.size() + 1 == list.size()};
+            begin = end;
+            slices_.push_back(std::move(made));
+        }
+        if (begin == 0) { where_.fail(list, "all of the slices are empty: the result would have no layer"); }
+        if (whole) { // it is as if it were no slice
+            slices_.front().part.reset();
+            if (own_base) { base.emplace(*own_base); }
+        }
+    }
+
+    /// The layers of a source; whether they are all that its model has.
+    bool read_layers(input& one)
+    {
+        const auto& node = *one.layers;
+        if (!one.adapter.empty()) {
+            where_.fail(
+                one.at, "'" + one.name + "': layers of a model with an adapter; store it first by 'taskvec fuse'");
+        }
+        if (!node.IsSequence() || node.size() != 2) {
+            where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
+        }
+        const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
+        auto place = layers_.find(one.path);
+        if (!stages_are_there_ && stages_.contains(one.name)) { // its layers are counted when it is
+            place = layers_.try_emplace(one.path, 0).first;
+            place->second = std::max(place->second, static_cast<std::size_t>(std::clamp(last, 0.0, 1e9)));
+        }
+        if (place == layers_.end()) {
+            try {
+                const auto model = open_guarded(one.path);
+                place = layers_.emplace(one.path, count_layers(model.model(), "'" + one.name + "'")).first;
+            }
+            catch (const taskvec::invalid_argument& wrong) {
+                where_.fail(one.at, wrong.what(), wrong.code());
+            }
+        }
+        const auto count = static_cast<double>(place->second);
+        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first > last || last > count) {
+            where_.fail(node,
+                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ",
+                    place->second, "]; expected a part of them, the end not included"));
+        }
+        one.first = static_cast<std::size_t>(first);
+        one.last = static_cast<std::size_t>(last);
+        return one.first == 0 && one.last == place->second;
+    }
+
+    [[nodiscard]] bool sliced() const { return slices_.front().part.has_value(); }
+
+    /// The `parameters` of a model that only stands there.
+    [[nodiscard]] static YAML::Node without_weight()
+    {
+        YAML::Node made;
+        made["weight"] = 0;
+        return made;
+    }
+
+    /// Where slices are means of different numbers of models, further ones have no weight: models of other slices, as
+    /// far as they have so many layers.
+    void even_out()
+    {
+        std::vector<input> all;
+        std::set<std::string> known;
+        std::size_t most = 0;
+        for (const auto& part : slices_) {
+            most = std::max(most, part.inputs.size());
+            for (const auto& one : part.inputs) {
+                if (known.insert(one.path).second) { all.push_back(one); }
+            }
+        }
+        for (auto& part : slices_) {
+            if (part.inputs.empty()) { continue; }
+            const auto count = part.inputs.front().last - part.inputs.front().first;
+            while (part.inputs.size() < most) {
+                const auto other = std::find_if(all.begin(), all.end(), [&](const input& one) {
+                    const auto same = [&](const input& its) { return its.path == one.path; };
+                    return layers_[one.path] >= count && std::none_of(part.inputs.begin(), part.inputs.end(), same);
+                });
+                auto further = other == all.end() ? part.inputs.front() : *other;
+                if (other != all.end()) {
+                    further.first = 0;
+                    further.last = count;
+                }
+                further.parameters.reset();
+                further.parameters.emplace(without_weight());
+                part.inputs.push_back(std::move(further));
+            }
+        }
+    }
+
+    /// Whether the method takes so many models.
+    void check_count()
+    {
+        for (const auto& part : slices_) {
+            const auto count = part.inputs.size();
+            if (count >= method_->fewest && count <= method_->most) { continue; }
+            const std::string beside = method_->takes == mergekit_method::base::required ? " beside the base" : "";
+            const auto wanted = method_->most == method_->fewest ? counted(method_->fewest, "model") + beside
+                : count < method_->fewest ? counted(method_->fewest, "model") + beside + " or more"
+                                          : counted(method_->most, "model") + beside + " at most";
+            where_.fail(count > method_->most ? part.inputs[method_->most].at : at_method_,
+                taskvec::message("merge_method '", method_->theirs, "' takes ", wanted, "; here ",
+                    count == 1 ? "is " : "are ", count));
+        }
+    }
+
+    /// The bases of slices stand among their sources.
+    void set_bases_of_slices(const std::optional<mapping::entry>& given)
+    {
+        using base = mergekit_method::base;
+        for (auto& one : slices_) {
+            auto& inputs = one.inputs;
+            if (method_->takes == base::input) {
+                one.base.reset();
+                continue;
+            }
+            if (!one.base) {
+                if (method_->takes == base::required) {
+                    where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
+                }
+                continue;
+            }
+            const auto place = std::find_if(
+                inputs.begin(), inputs.end(), [&](const input& its) { return its.path == one.base->path; });
+            if (place == inputs.end()) {
+                where_.fail(inputs.front().at,
+                    "the base '" + one.base->name + "' is not among the sources of the slice: add it, with its layers");
+            }
+            one.base->first = place->first;
+            one.base->last = place->last;
+            std::vector<input> others;
+            for (auto& its : inputs) {
+                if (&its != &*place) { others.push_back(std::move(its)); }
+            }
+            inputs.swap(others);
+        }
+        if (method_->ours == "average") { even_out(); }
+        const auto& first = slices_.front();
+        for (const auto& one : slices_) {
+            if (one.inputs.empty()) { where_.fail(at_method_, "a slice has no model beside the base"); }
+            if (one.inputs.size() != first.inputs.size() || one.base.has_value() != first.base.has_value()) {
+                where_.fail(one.inputs.front().at,
+                    taskvec::message("this slice merges ", counted(one.inputs.size(), "model"), " and the first ",
+                        first.inputs.size(), "; expected as many in every slice, but for merge_method 'linear'"));
+            }
+        }
+        if (first.base) { request().base = first.base->path; }
+        for (const auto& one : slices_) {
+            if (one.base) { append_layers(request().views[""], one.base->path, one.base->first, one.base->last); }
+        }
+        std::error_code ignored;
+        if (given && request().copies.from.empty()) { // configuration and tokenizer are the base's
+            if (const auto from = named(given->value).path; fs::is_directory(from, ignored)) {
+                request().copies.from = from;
+            }
+        }
+    }
+
+    void set_base(const std::optional<mapping::entry>& given)
+    {
+        using base = mergekit_method::base;
+        if (sliced()) {
+            set_bases_of_slices(given);
+            check_count();
+            return;
+        }
+        auto& inputs = slices_.front().inputs;
+        if (!given) {
+            if (method_->takes == base::required) {
+                where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
+            }
+        }
+        else {
+            auto found = named(given->value);
+            const auto same = [&](const input& one) { return one.path == found.path && one.adapter == found.adapter; };
+            std::vector<input> others;
+            std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
+            const bool weighted = !method_->parameters.empty() && method_->parameters.front().name == "weight";
+            if (others.empty() && method_->takes == base::required && weighted) { // no task vector: the base itself
+                others.push_back(inputs.front());
+                others.front().parameters.reset();
+                others.front().parameters.emplace(without_weight());
+            }
+            if (method_->takes != base::input) {
+                request().base = found.path;
+                request().base_adapter = found.adapter;
+                inputs.swap(others);
+            }
+            else if (others.size() == inputs.size()) {
+                inputs.push_back(std::move(found));
+            }
+        }
+        if (inputs.empty()) { where_.fail(at_method_, "no model is left beside the base"); }
+        check_count();
+    }
+
+    void read_dtype(const mapping& top)
+    {
+        for (const auto* key : {"dtype", "out_dtype"}) {
+            const auto one = top.find(key);
+            if (!one) { continue; }
+            auto word = scalar_of(where_, one->value, key);
+            if (word.starts_with("torch.")) { word.erase(0, std::string_view("torch.").size()); }
+            const bool of_result = std::string_view(key) == "out_dtype";
+            if (word == "float64" && !of_result) {
+                where_.fail(one->value,
+                    "dtype is 'float64', and sums are f64 only where a model is; expected float32, with out_dtype: "
+                    "float64 for a result in it");
+            }
+            const auto dtype = word == "float32" ? "f32"
+                : word == "bfloat16"             ? "bf16"
+                : word == "float16"              ? "f16"
+                : word == "float64"              ? "f64"
+                                                 : "";
+            if (*dtype == '\0') {
+                auto known = std::vector<std::string>{"float32", "bfloat16", "float16"};
+                if (of_result) { known.emplace_back("float64"); }
+                where_.fail(one->value, std::string(key) + " is '" + shown(word) + "'" + meant(word, known));
+            }
+            request().dtype = dtype;
+        }
+    }
+
+    /// The tensors of a model; none where it cannot be opened, which is said when it is merged.
+    const std::vector<stored_tensor>& tensors_of(const std::string& path)
+    {
+        const auto place = tensors_.find(path);
+        if (place != tensors_.end()) { return place->second; }
+        auto& list = tensors_[path];
+        try {
+            const bool lenient = request().index == "lenient";
+            const auto model =
+                open_guarded(path, lenient ? taskvec::index_check::lenient : taskvec::index_check::strict);
+            for (const auto& [name, tensor] : model.model()) {
+                list.push_back({name, tensor.dtype, tensor.shape, tensor.source != nullptr});
+            }
+        }
+        catch (const taskvec::error&) {
+            list.clear();
+        }
+        return list;
+    }
+
+    /// The paths of all models, each once, the base first.
+    [[nodiscard]] std::vector<std::string> paths() const
+    {
+        std::vector<std::string> all;
+        std::set<std::string> seen{""};
+        const auto add = [&](const std::string& path) {
+            if (seen.insert(path).second) { all.push_back(path); }
+        };
+        add(given_.request.base);
+        for (const auto& part : slices_) {
+            if (part.base) { add(part.base->path); }
+            for (const auto& one : part.inputs) { add(one.path); }
+        }
+        return all;
+    }
+
+    /// Buffers that one model has and another lacks take no part.
+    void leave_buffers_out()
+    {
+        const auto models = paths();
+        const auto has_some = [&](const std::string& path) {
+            const auto& list = tensors_of(path);
+            return std::any_of(
+                list.begin(), list.end(), [](const stored_tensor& one) { return !buffer_pattern(one).empty(); });
+        };
+        if (std::none_of(models.begin(), models.end(), has_some)) { return; }
+        struct kind_of_buffer {
+            std::string first;
+            std::set<std::string> models{};
+        };
+        std::map<std::string, kind_of_buffer> found;
+        each_tensor([&](const std::string& path, const std::string& name, const stored_tensor& tensor) {
+            const auto kind = buffer_pattern(tensor);
+            if (!kind.empty()) { found.try_emplace(kind, kind_of_buffer{name}).first->second.models.insert(path); }
+        });
+        for (const auto& [kind, what] : found) {
+            if (what.models.size() == models.size()) { continue; }
+            request().exclude.push_back(kind);
+            note(request().run,
+                "'" + what.first + "' and its like are not in every model and are no weights: they take no part");
+        }
+    }
+
+    /// Calls `f` with the path of each model, and each of its tensors that is in the result, under the name there.
+    template <class Function>
+    void each_tensor(const Function& f)
+    {
+        const auto look = [&](const slice& part, const std::string& path, std::size_t first) {
+            for (const auto& tensor : tensors_of(path)) {
+                auto name = tensor.name;
+                if (part.part) {
+                    const auto layer = layer_of(name);
+                    const auto& its = *part.part;
+                    if (layer ? layer->second < first || layer->second - first >= its.last - its.first
+                              : !its.holds(name)) {
+                        continue;
+                    }
+                    if (layer) { name = in_layer(name, *layer, layer->second - first + its.first); }
+                }
+                f(path, name, tensor);
+            }
+        };
+        for (const auto& part : slices_) {
+            if (!part.part && !request().base.empty()) { look(part, request().base, 0); }
+            if (part.base) { look(part, part.base->path, part.base->first); }
+            for (const auto& one : part.inputs) { look(part, one.path, one.first); }
+        }
+    }
+
+    /// Without a dtype mergekit merges each tensor in one that holds those of all models.
+    void promote()
+    {
+        if (!request().dtype.empty()) { return; }
+        std::set<taskvec::dtype> all;
+        for (const auto& path : paths()) {
+            for (const auto& tensor : tensors_of(path)) {
+                if (tensor.quantised) { return; }
+                if (is_float(tensor.dtype)) { all.insert(tensor.dtype); }
+            }
+        }
+        if (all.size() < 2) { return; }
+        struct dtypes {
+            taskvec::dtype own, wanted;
+        };
+        std::map<std::string, dtypes> result; // by the names of the result
+        each_tensor([&](const std::string&, const std::string& name, const stored_tensor& tensor) {
+            if (!is_float(tensor.dtype)) { return; }
+            const auto [place, is_new] = result.try_emplace(name, dtypes{tensor.dtype, tensor.dtype});
+            if (!is_new) { place->second.wanted = promoted(place->second.wanted, tensor.dtype); }
+        });
+        std::set<taskvec::dtype> wanted;
+        const std::pair<const std::string, dtypes>* other = nullptr;
+        for (const auto& one : result) {
+            wanted.insert(one.second.wanted);
+            if (!other && one.second.own != one.second.wanted) { other = &one; }
+        }
+        if (!other) { return; }
+        if (wanted.size() == 1) {
+            std::string word(taskvec::to_string(*wanted.begin()));
+            note(request().run,
+                "no dtype is given, and models differ in theirs: the result is " + word + ", which holds all of them");
+            std::transform(word.begin(), word.end(), word.begin(),
+                [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+            request().dtype = word;
+            return;
+        }
+        note(request().run,
+            taskvec::message("no dtype is given, and models differ in theirs: '", other->first, "' is ",
+                taskvec::to_string(other->second.own), " in the result, ", taskvec::to_string(other->second.wanted),
+                " where mergekit merges; dtype or out_dtype says which"));
+    }
+
+    [[nodiscard]] static bool is_float(taskvec::dtype type)
+    {
+        using dtype = taskvec::dtype;
+        return type == dtype::f64 || type == dtype::f32 || type == dtype::f16 || type == dtype::bf16;
+    }
+
+    /// What stands under `taskvec`: whose definitions to follow, and options that mergekit has no word for.
+    option_values read_own(const mapping& top)
+    {
+        option_values options;
+        std::string semantics = "mergekit";
+        if (const auto one = top.find("taskvec")) {
+            const auto& entries = all_methods();
+            const auto& rows = std::find_if(entries.begin(), entries.end(), [&](const method_entry& entry) {
+                return entry.name == method_->ours;
+            })->options;
+            std::vector<std::string> known{"semantics"};
+            for (const auto& row : rows) {
+                if (!row.is_preset && !row.per_task) { known.push_back(row.name); }
+            }
+            const auto entries_of_own = mapping(where_, one->value, "'taskvec'", known).entries();
+            for (const auto& entry : entries_of_own) {
+                const auto word = scalar_of(where_, entry.value, entry.name);
+                if (entry.name != "semantics") {
+                    options.push_back({entry.name, word, where_.of(entry.value) + ": " + entry.name});
+                    continue;
+                }
+                if (word != "mergekit" && word != "paper") {
+                    where_.fail(entry.value, "semantics is '" + shown(word) + "'" + meant(word, {"mergekit", "paper"}));
+                }
+                semantics = word;
+            }
+        }
+        if (given_.semantics.empty()) { given_.semantics = semantics; }
+        return options;
+    }
+
+    /// The values of a parameter as options, the last of which that matches counts. `chain`: from what counts most.
+    option_values values_of(const mergekit_parameter& one, const scopes& chain, bool& for_all)
+    {
+        option_values result;
+        for_all = false;
+        for (const auto& level : chain) {
+            if (for_all) { break; } // what comes later never counts
+            const auto& its = values_at(one, level);
+            constexpr std::size_t most = 500000, numbers = 8; // aliases make many of few
+            for (const auto& value : its.values) { values_made_ += 1 + value.numbers.size() / numbers; }
+            if (values_made_ > most) {
+                where_.fail(
+                    level, "'" + one.name + "' and other parameters have too many values over all slices and models");
+            }
+            result.insert(result.end(), its.values.begin(), its.values.end());
+            for_all = its.for_all;
+        }
+        std::reverse(result.begin(), result.end());
+        return result;
+    }
+
+    /// What one `parameters` says of a parameter, what counts most first.
+    struct values_read {
+        option_values values{};
+        bool for_all = false;
+    };
+    const values_read& values_at(const mergekit_parameter& one, const YAML::Node& level)
+    {
+        const std::pair key(one.name, level.Mark().pos);
+        if (const auto place = values_read_.find(key); place != values_read_.end()) { return place->second; }
+        auto& made = values_read_[key];
+        const auto given = mapping_at(level, "parameters").find(one.name);
+        if (!given) { return made; }
+        for (const auto& part : settings_of(where_, given->value, one.name)) {
+            if (made.for_all) { break; }
+            auto value = value_of(one, part);
+            if (!value.text.empty() || !one.off.empty()) { made.values.push_back(std::move(value)); }
+            made.for_all = part.filter.empty();
+        }
+        return made;
+    }
+
+    /// A mapping that aliases may give to many. Those that stand in no file are alike (without_weight).
+    const mapping& mapping_at(
+        const YAML::Node& node, const std::string& what, const std::vector<std::string>& known = {})
+    {
+        const std::pair key(what, node.Mark().pos);
+        if (const auto place = mappings_read_.find(key); place != mappings_read_.end()) { return place->second; }
+        return mappings_read_
+            .emplace(key, known.empty() ? mapping(where_, node, what) : mapping(where_, node, what, known))
+            .first->second;
+    }
+
+    /// Whether tensors may differ in it: not where two parameters are one row, and one of them leaves it as it is.
+    [[nodiscard]] static bool is_by_tensor(const mergekit_parameter& one)
+    {
+        using kind = mergekit_parameter::kind;
+        return one.type == kind::number || (one.type == kind::truth && !one.off.empty() && one.unless.empty());
+    }
+
+    option_value value_of(const mergekit_parameter& one, const setting& part)
+    {
+        const auto flag = where_.of(part.value) + ": " + one.name;
+        option_value made{one.row, "", flag};
+        if (one.type != mergekit_parameter::kind::number) {
+            const bool truth = one.type == mergekit_parameter::kind::truth;
+            const bool filters = is_by_tensor(one);
+            if (!part.value.IsScalar() || (!part.filter.empty() && !filters)) {
+                where_.fail(part.value,
+                    "'" + one.name + "' has one value "
+                        + (filters ? "over the layers; a list of them is not supported: give filters such as layers.3."
+                                   : "for all tensors; filters and lists are not supported"));
+            }
+            made.text =
+                truth ? one.word(truth_of(where_, part.value, one.name), given_.semantics) : part.value.Scalar();
+            if (!part.filter.empty()) {
+                made.by_tensor = made.as_in_mergekit = true;
+                made.pattern = escaped(part.filter);
+            }
+            return made;
+        }
+        if (part.value.IsScalar()) {
+            const auto truth = parse_truth(part.value);
+            made.numbers = {truth ? (*truth ? 1.0 : 0.0) : number_of(where_, part.value, one.name)};
+        }
+        for (const auto& number : part.value.IsSequence() ? part.value : YAML::Node()) {
+            made.numbers.push_back(number_of(where_, number, one.name));
+        }
+        if (one.row
+            == "density") { // there 0 keeps nothing, and what is above 1 all; a share that is no entry does so here
+            constexpr double no_entry = 1e-30;
+            for (double& number : made.numbers) { number = number == 0 ? no_entry : std::min(number, 1.0); }
+        }
+        if (one.row == "gamma") { // 1 there is whatever density leaves, as is any share above that
+            for (double& number : made.numbers) { number = std::min(number, std::nextafter(1.0, 0.0)); }
+        }
+        for (const double number : made.numbers) {
+            made.text += (made.text.empty() ? "" : ",") + taskvec::csv_number(number);
+        }
+        if (part.filter.empty() && made.numbers.size() == 1) {
+            made.numbers.clear();
+            return made;
+        }
+        made.by_tensor = true;
+        made.as_in_mergekit = true;
+        made.pattern = escaped(part.filter);
+        return made;
+    }
+
+    void read_parameters()
+    {
+        check_names();
+        const bool mergekit = given_.semantics == "mergekit";
+        auto& options = request().options;
+        if (mergekit && method_->semantics) { options.push_back({"semantics", "mergekit", "--semantics"}); }
+        if (mergekit && method_->ours == "model-stock") { options.push_back({"clamp", "false", "--semantics"}); }
+        const auto& inputs = slices_.front().inputs;
+        std::vector<option_values> weights(inputs.size()), own(inputs.size());
+        for (const auto& one : method_->parameters) {
+            if (one.name == "weight") {
+                for (const auto& part : slices_) {
+                    for (std::size_t i = 0; i < inputs.size(); ++i) {
+                        bool for_all = false;
+                        auto its = values_of(one, chain_of(part, i), for_all);
+                        if (!for_all) { missing(one, part.inputs[i].at, its, " of '" + part.inputs[i].name + "'"); }
+                        add_values(weights[i], std::move(its), part);
+                    }
+                }
+                continue;
+            }
+            if (one.of == mergekit_parameter::scope::tasks && one.type == mergekit_parameter::kind::number
+                && differs(one)) {
+                for (std::size_t i = 0; i < inputs.size(); ++i) {
+                    bool always = true;
+                    for (const auto& part : slices_) {
+                        bool for_all = false;
+                        add_values(own[i], values_of(one, chain_of(part, i), for_all), part);
+                        always = always && for_all;
+                    }
+                    if (!always && mergekit && !one.unless.empty()) {
+                        own[i].insert(own[i].begin(), {one.row, one.unless, one.name});
+                    }
+                }
+                continue;
+            }
+            option_values all;
+            bool all_for_all = true, alike = one.type != mergekit_parameter::kind::number;
+            std::vector<option_values> of_slices;
+            for (const auto& part : slices_) {
+                bool for_all = false;
+                of_slices.push_back(values_of_inputs(one, part, for_all));
+                if (!for_all && one.required) { missing(one, at_method_, of_slices.back(), ""); }
+                all_for_all = all_for_all && for_all;
+                alike = alike && same_values(of_slices.front(), of_slices.back());
+            }
+            if (alike) { all = std::move(of_slices.front()); }
+            else {
+                for (std::size_t p = 0; p < slices_.size(); ++p) {
+                    if (!is_by_tensor(one)) {
+                        where_.fail(slices_[p].inputs.front().at,
+                            "'" + one.name + "' is not the same in all slices; one for all is supported");
+                    }
+                    const bool number = one.type == mergekit_parameter::kind::number;
+                    add_values(all, std::move(of_slices[p]), slices_[p], number);
+                }
+            }
+            if (!all_for_all && (mergekit || !method_->semantics) && !one.unless.empty()) {
+                all.insert(all.begin(), {one.row, one.unless, one.name});
+            }
+            options.insert(options.end(), all.begin(), all.end());
+        }
+        for (std::size_t i = 0; i < inputs.size(); ++i) { add_task(i, std::move(weights[i]), std::move(own[i])); }
+    }
+
+    /// Whether a parameter is not the same for all models.
+    [[nodiscard]] bool differs(const mergekit_parameter& one)
+    {
+        bool for_all = false;
+        for (const auto& part : slices_) {
+            const auto chain = chain_of(part, 0);
+            const auto values = values_of(one, chain, for_all);
+            const auto filters = [](const option_value& value) { return !value.pattern.empty(); };
+            if (part.part && std::any_of(values.begin(), values.end(), filters)) {
+                return true;
+            } // of the model's names
+            for (std::size_t i = 1; i < part.inputs.size(); ++i) {
+                const auto its = chain_of(part, i);
+                if (!same_scopes(its, chain) && !same_values(values_of(one, its, for_all), values)) { return true; }
+            }
+        }
+        return false;
+    }
+
+    [[nodiscard]] static bool same_scopes(const scopes& a, const scopes& b)
+    {
+        return std::equal(
+            a.begin(), a.end(), b.begin(), b.end(), [](const YAML::Node& x, const YAML::Node& y) { return x.is(y); });
+    }
+
+    [[nodiscard]] static bool same_values(const option_values& a, const option_values& b)
+    {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+            [](const option_value& x, const option_value& y) { return x.text == y.text && x.pattern == y.pattern; });
+    }
+
+    /// Values that hold in a slice.
+    static void add_values(option_values& to, option_values values, const slice& part, bool numbers = true)
+    {
+        for (auto& value : values) {
+            if (part.part) {
+                if (numbers && !value.by_tensor) { value.numbers = {std::strtod(value.text.c_str(), nullptr)}; }
+                value.by_tensor = value.as_in_mergekit = true;
+                value.part = part.part;
+            }
+            to.push_back(std::move(value));
+        }
+    }
+
+    /// Values that all inputs of a slice have.
+    option_values values_of_inputs(const mergekit_parameter& one, const slice& part, bool& for_all)
+    {
+        const auto chain = one.of == mergekit_parameter::scope::shared ? part.parameters : chain_of(part, 0);
+        auto values = values_of(one, chain, for_all);
+        if (one.of == mergekit_parameter::scope::shared) { return values; }
+        for (std::size_t i = 1; i < part.inputs.size(); ++i) {
+            bool its_for_all = false;
+            const auto its = chain_of(part, i);
+            if (!same_scopes(its, chain) && !same_values(values_of(one, its, its_for_all), values)) {
+                where_.fail(part.inputs[i].at,
+                    "'" + one.name + "' of '" + part.inputs[i].name + "' is another than that of '"
+                        + part.inputs.front().name + "'; one for all models is supported");
+            }
+        }
+        return values;
+    }
+
+    [[noreturn]] void missing(
+        const mergekit_parameter& one, const YAML::Node& at, const option_values& given, const std::string& whose)
+    {
+        where_.fail(at,
+            given.empty() ? "'" + one.name + "'" + whose + " is missing"
+                          : "'" + one.name + "'" + whose
+                    + " has filters and no value for the tensors that none of them matches: add one without a filter");
+    }
+
+    [[nodiscard]] static scopes chain_of(const slice& part, std::size_t i)
+    {
+        scopes chain;
+        if (part.inputs[i].parameters) { chain.push_back(*part.inputs[i].parameters); }
+        chain.insert(chain.end(), part.parameters.begin(), part.parameters.end());
+        return chain;
+    }
+
+    /// Keys of `parameters`: those of other methods are noted, what no method knows is refused.
+    void check_names()
+    {
+        const std::set<std::string> silent{"int8_mask", "eps"};
+        std::vector<std::string> known(silent.begin(), silent.end());
+        for (const auto& method : mergekit_methods()) {
+            for (const auto& one : method.parameters) {
+                if (!std::count(known.begin(), known.end(), one.name)) { known.push_back(one.name); }
+            }
+        }
+        std::set<std::pair<int, bool>> checked; // aliases
+        const auto check = [&](const YAML::Node& node, bool of_model) {
+            if (!checked.emplace(node.Mark().pos, of_model).second) { return; }
+            const mapping level(where_, node, "parameters", known);
+            for (const auto& one : level.entries()) {
+                const auto has = std::find_if(method_->parameters.begin(), method_->parameters.end(),
+                    [&](const mergekit_parameter& its) { return its.name == one.name; });
+                const bool used =
+                    has != method_->parameters.end() && !(of_model && has->of == mergekit_parameter::scope::shared);
+                if (used) { continue; }
+                if (one.name == "int8_mask") { (void)truth_of(where_, one.value, one.name); }
+                if (one.name == "eps" && method_->theirs == "multislerp") { check_eps(one.value); }
+                note(request().run,
+                    where_.of(one.key) + ": '" + one.name + "' has no effect"
+                        + (silent.contains(one.name) ? "" : " on merge_method '" + method_->theirs + "'")
+                        + (has != method_->parameters.end() ? " for one model alone" : ""));
+            }
+        };
+        const auto& top = slices_.front().parameters; // the last of them is that of all slices
+        const bool common = !top.empty() && std::all_of(slices_.begin(), slices_.end(), [&](const slice& one) {
+            return !one.parameters.empty() && one.parameters.back().is(top.back());
+        });
+        if (common) { check(top.back(), false); }
+        for (const auto& part : slices_) {
+            for (std::size_t i = 0; i + (common ? 1 : 0) < part.parameters.size(); ++i) {
+                check(part.parameters[i], false);
+            }
+            for (const auto& one : part.inputs) {
+                if (one.parameters) { check(*one.parameters, true); }
+            }
+        }
+    }
+
+    /// What multislerp adds to norms there, and is too small here to be seen.
+    void check_eps(const YAML::Node& node)
+    {
+        constexpr double unseen = 1e-6;
+        for (const auto& part : settings_of(where_, node, "eps")) {
+            const auto look = [&](const YAML::Node& number) {
+                if (!(std::abs(number_of(where_, number, "eps")) <= unseen)) {
+                    where_.fail(number,
+                        "eps is '" + shown(number.Scalar())
+                            + "', and no eps above 1e-6 is supported: norms are what they are; leave it out");
+                }
+            };
+            if (part.value.IsScalar()) { look(part.value); }
+            for (const auto& number : part.value.IsSequence() ? part.value : YAML::Node()) { look(number); }
+        }
+    }
+
+    /// A task's text that no other has, with the same weight of 1.
+    [[nodiscard]] std::string distinct(std::string text)
+    {
+        const auto is_given = [&] { return std::count(request().tasks.begin(), request().tasks.end(), text) > 0; };
+        if (is_given()) { text += '.'; }
+        while (is_given()) { text += '0'; }
+        return text;
+    }
+
+    void add_task(std::size_t i, option_values weight, option_values own)
+    {
+        const auto& one = slices_.front().inputs[i];
+        if (!one.adapter.empty()) {
+            const auto text = distinct(one.adapter + "=1"); // that is the adapter's own factor
+            const bool on_base = one.path == request().base && request().base_adapter.empty();
+            request().adapters.emplace(text, on_base ? "" : one.path);
+            request().tasks.push_back(text);
+            if (!own.empty()) { request().of_tasks[text] = std::move(own); }
+            for (auto& value : weight) {
+                if (value.by_tensor) { continue; }
+                value.by_tensor = value.as_in_mergekit = true;
+                value.numbers = {std::strtod(value.text.c_str(), nullptr)};
+            }
+            if (!weight.empty()) { request().weights[text] = std::move(weight); }
+            return;
+        }
+        const bool plain = !weight.empty() && !weight.front().by_tensor; // the first is what counts last
+        const auto own_text = one.path + "=" + (plain ? weight.front().text : "1");
+        const auto text = sliced() ? distinct(own_text) : own_text;
+        if (plain) { weight.erase(weight.begin()); }
+        request().tasks.push_back(text);
+        if (!weight.empty()) { request().weights[text] = std::move(weight); }
+        if (!own.empty()) { request().of_tasks[text] = std::move(own); }
+        for (const auto& part : slices_) {
+            if (!part.part) { continue; }
+            const auto& its = part.inputs[i];
+            append_layers(request().views[text], its.path, its.first, its.last);
+        }
+    }
+
+    /// `tokenizer_source`, or `tokenizer`: whose vocabulary the result has, where models differ in it, and what becomes
+    /// of rows of single tokens.
+    void check_tokenizers(const mapping& top)
+    {
+        auto one = top.find("tokenizer_source");
+        std::shared_ptr<const token_rules> rules;
+        if (const auto block = top.find("tokenizer")) {
+            if (one) { where_.fail(block->key, "'tokenizer' and 'tokenizer_source' are both given"); }
+            const mapping parts(where_, block->value, "'tokenizer'", {"source", "tokens", "pad_to_multiple_of"});
+            rules = rules_of_tokens(top, parts);
+            one = parts.find("source");
+            if (!one) { one.emplace(mapping::entry{"source", block->key, YAML::Node("union")}); }
+        }
+        if (!one) { return; }
+        std::optional<input> source;
+        if (!one->value.IsScalar() || (one->value.Scalar() != "base" && one->value.Scalar() != "union")) {
+            source.emplace(named(one->value));
+        }
+        const auto word = source ? source->name : one->value.Scalar();
+        const auto content = [](const std::string& model) -> std::optional<std::string> {
+            std::ifstream file(fs::path(model) / "tokenizer.json", std::ios::binary);
+            if (!file) { return std::nullopt; }
+            return std::string(std::istreambuf_iterator<char>(file), {});
+        };
+        const auto& reference = request().base.empty() ? slices_.front().inputs.front().path : request().base;
+        const auto first = content(reference);
+        if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
+        if (request().vocabulary != "error") {
+            where_.fail(one->key, "'" + one->name + "' is given, and --vocabulary as well; expected one of them");
+        }
+        bool same = first.has_value(), all_have = same;
+        std::optional<decltype(token_table::ids)> ids;
+        std::set<std::string> seen;
+        const auto look = [&](const input& model) {
+            if (!seen.insert(model.path).second) { return; }
+            const auto its = content(model.path);
+            all_have = all_have && its.has_value();
+            same = same && its.has_value();
+            if (!same || its == first) { return; } // settings may differ where tokens do not
+            if (!ids) { ids = read_tokens(fs::path(reference) / "tokenizer.json").ids; }
+            same = read_tokens(fs::path(model.path) / "tokenizer.json").ids == *ids;
+        };
+        for (const auto& part : slices_) {
+            for (const auto& model : part.inputs) { look(model); }
+            if (part.base) { look(*part.base); }
+        }
+        if (source) { look(*source); }
+        if (same && !rules) {
+            request().vocabulary = "base"; // rows that pad may differ
+            if (source) { take_tokenizer(*source); }
+            return;
+        }
+        const std::string what = "'" + one->name + ": " + shown(word) + "'";
+        if (!all_have) {
+            where_.fail(one->key, what + ": tokens are told apart by tokenizer.json, and not every model has one");
+        }
+        if (sliced() && rules) {
+            where_.fail(
+                one->key, "'tokens' and 'pad_to_multiple_of' are supported for whole models, and here are slices");
+        }
+        if (sliced()) {
+            where_.fail(one->key,
+                what + " is supported in slices where all models have the same tokenizer.json, and these differ");
+        }
+        std::error_code ignored;
+        const bool the_first = word == "base" || (source && fs::equivalent(source->path, reference, ignored));
+        if (!same && source && !the_first) {
+            where_.fail(one->value,
+                what + ": the models' vocabularies differ; expected base, which is '" + reference + "' here, or union");
+        }
+        if (!same && rules && rules->base.value_or(0) != 0) {
+            where_.fail(top.find("base_model")->value,
+                "the vocabulary begins with that of the first model, and the base is another: put it first among the "
+                "models");
+        }
+        request().vocabulary = the_first || same ? "base" : "union";
+        request().rows_of_tokens = std::move(rules);
+    }
+
+    /// The result has the tokenizer of this model, whose tokens are those of all.
+    void take_tokenizer(const input& source)
+    {
+        std::error_code ignored;
+        if (copies_are_given_ || !fs::is_directory(source.path, ignored)) { return; }
+        request().copies.tokenizer_from = source.path;
+    }
+
+    /// The models in the order of vocabulary_input: the base of the merge first, where it has one.
+    [[nodiscard]] std::optional<std::size_t> place_among_models(const input& model) const
+    {
+        std::size_t before = 0;
+        if (const auto& base = given_.request.base; !base.empty()) {
+            if (model.path == base && model.adapter == given_.request.base_adapter) { return 0; }
+            ++before;
+        }
+        const auto& inputs = slices_.front().inputs;
+        const auto place = std::find_if(inputs.begin(), inputs.end(),
+            [&](const input& one) { return one.path == model.path && one.adapter == model.adapter; });
+        if (place == inputs.end()) { return std::nullopt; }
+        return before + static_cast<std::size_t>(place - inputs.begin());
+    }
+
+    /// `tokens` and `pad_to_multiple_of`; nullptr where neither says anything.
+    std::shared_ptr<const token_rules> rules_of_tokens(const mapping& top, const mapping& parts)
+    {
+        auto rules = std::make_shared<token_rules>();
+        if (const auto base = top.find("base_model")) { rules->base = place_among_models(named(base->value)); }
+        const auto whole = [&](const mapping::entry& one, double most) {
+            const auto number = number_of(where_, one.value, one.name);
+            if (!(number >= 0 && number <= most && std::floor(number) == number)) {
+                where_.fail(one.value,
+                    taskvec::message(one.name, " is ", shown(one.value.Scalar()), "; expected a whole number, at most ",
+                        static_cast<std::uint64_t>(most)));
+            }
+            return static_cast<std::uint64_t>(number);
+        };
+        if (const auto one = parts.find("pad_to_multiple_of")) {
+            constexpr double most = 1 << 20;
+            rules->multiple = std::max<std::uint64_t>(1, whole(*one, most)); // 0: none
+            rules->at = where_.of(one->key) + ": 'pad_to_multiple_of'";
+        }
+        if (const auto one = parts.find("tokens")) {
+            const mapping all(where_, one->value, "'tokens'");
+            for (const auto& token : all.entries()) {
+                const auto what = "token '" + shown(token.name) + "'";
+                if (token.name.empty()) { where_.fail(token.key, "'tokens' has a token without a text"); }
+                const mapping its(where_, token.value, what, {"source", "force"});
+                token_rule rule;
+                rule.text = token.name;
+                rule.at = where_.of(token.key);
+                if (const auto force = its.find("force")) { rule.force = truth_of(where_, force->value, "force"); }
+                if (const auto source = its.find("source")) {
+                    rule.at = where_.of(source->value);
+                    read_source(source->value, what, rule, whole);
+                }
+                rules->tokens.push_back(std::move(rule));
+            }
+            rules->at = where_.of(one->key) + ": 'tokens'";
+        }
+        return rules->at.empty() || (rules->tokens.empty() && rules->multiple == 1) ? nullptr : rules;
+    }
+
+    /// The `source` of a token: a model, a token of one, or zeros.
+    template <class Whole>
+    void read_source(const YAML::Node& node, const std::string& what, token_rule& rule, const Whole& whole)
+    {
+        using source = token_rule::source;
+        const auto model = [&](const YAML::Node& at) {
+            if (at.IsScalar() && at.Scalar() == "zero" && !fs::exists("zero")) {
+                where_.fail(
+                    at, "the source of " + what + " is 'zero', which would be a model; for zeros write {kind: zero}");
+            }
+            const auto found = named(at);
+            const auto place = place_among_models(found);
+            if (!place) {
+                where_.fail(at,
+                    "the source of " + what + " is '" + shown(found.name)
+                        + "', which is not merged here; "
+                          "expected one of the models, or the base");
+            }
+            return *place;
+        };
+        const bool kinds = node.IsMap() && mapping(where_, node, "a source").find("kind");
+        if (!kinds) {
+            rule.from = source::model;
+            rule.model = model(node);
+            return;
+        }
+        const mapping parts(where_, node, "a source", {"kind", "model", "token", "token_id"});
+        const auto kind = *parts.find("kind");
+        const auto word = scalar_of(where_, kind.value, "kind");
+        if (word != "zero" && word != "model_token") {
+            where_.fail(kind.value, "kind is '" + shown(word) + "'" + meant(word, {"zero", "model_token"}));
+        }
+        if (word == "zero") {
+            if (parts.entries().size() > 1) {
+                where_.fail(node, "the source of " + what + " is zeros, which have nothing but a kind");
+            }
+            rule.from = source::zero;
+            return;
+        }
+        const auto its = parts.find("model"), token = parts.find("token"), row = parts.find("token_id");
+        if (!its) { where_.fail(node, "the source of " + what + " has no 'model'"); }
+        if (token.has_value() == row.has_value()) {
+            where_.fail(node,
+                "the source of " + what + " has "
+                    + (row ? "both 'token' and 'token_id'" : "neither 'token' nor 'token_id'")
+                    + "; expected one of them");
+        }
+        rule.model = model(its->value);
+        rule.from = token ? source::token : source::row;
+        if (token) { rule.token = scalar_of(where_, token->value, "token"); }
+        else {
+            constexpr double most = (1 << 28) - 1;
+            rule.row = whole(*row, most);
+        }
+    }
+
+    /// `chat_template`: of the result's tokenizer.
+    void read_chat_template(const mapping& top)
+    {
+        const auto one = top.find("chat_template");
+        if (!one) { return; }
+        const auto text = scalar_of(where_, one->value, "chat_template");
+        if (text.find('{') != text.npos) {
+            request().copies.chat_template = text;
+            return;
+        }
+        if (text == "chatml") {
+            request().copies.chat_template = std::string(chatml_template);
+            return;
+        }
+        if (text != "auto") {
+            where_.fail(one->value,
+                "chat_template is '" + shown(text)
+                    + "'; expected auto (what most of the models have), chatml, or a template itself, a text with {{ … "
+                      "}}");
+        }
+        std::vector<std::pair<std::string, std::size_t>> found; // in the order of the models
+        std::set<std::string> seen;
+        const auto count = [&](const input& model) {
+            if (!seen.insert(model.path).second) { return; }
+            const auto own = chat_template_beside(model.path);
+            if (!own) { return; }
+            const auto place =
+                std::find_if(found.begin(), found.end(), [&](const auto& other) { return other.first == *own; });
+            if (place == found.end()) { found.emplace_back(*own, 1); }
+            else {
+                ++place->second;
+            }
+        };
+        if (!request().base.empty()) {
+            input base;
+            base.path = request().base;
+            count(base);
+        }
+        for (const auto& part : slices_) {
+            if (part.base) { count(*part.base); }
+            for (const auto& model : part.inputs) { count(model); }
+        }
+        if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
+        if (found.empty()) {
+            where_.fail(one->value, "chat_template: auto, and no model has a chat template; leave it out, or give one");
+        }
+        request().copies.chat_template = std::max_element(found.begin(), found.end(), [](const auto& a, const auto& b) {
+            return a.second < b.second; // the first of the most
+        })->first;
+    }
+
+    merge_request& request() { return given_.request; }
+
+    run_settings& given_;
+    place where_;
+    YAML::Node document_;
+    const stages& stages_;
+    bool stages_are_there_;
+    stages_named needs_;
+    const mergekit_method* method_ = nullptr;
+    YAML::Node at_method_;
+    std::vector<slice> slices_; ///< one where there are none: the whole
+    std::map<std::string, std::size_t> layers_; ///< how many a model has, by path
+    bool copies_are_given_; ///< --copy-from
+    // What was read, by where it stands: aliases are read once.
+    std::map<int, input> inputs_read_;
+    std::map<std::pair<std::string, int>, mapping> mappings_read_; ///< by what they are, too
+    std::map<std::pair<std::string, int>, values_read> values_read_; ///< by the parameter's name too
+    std::size_t models_read_ = 0, values_made_ = 0;
+    std::map<std::string, std::vector<stored_tensor>> tensors_; ///< by path
+};
+
+/// What is wrong with a value, with its place: that of the option that it begins with, or else the method's.
+std::string placed(const run_settings& given, const std::string& what)
+{
+    if (what.starts_with(given.config + ":")) { return what; }
+    std::string place;
+    const auto look = [&](const option_value& value) {
+        if (what.starts_with(value.name + " is ") && value.flag.starts_with(given.config + ":")) {
+            place = value.flag.substr(0, value.flag.rfind(": "));
+        }
+    };
+    for (const auto& value : given.request.options) { look(value); }
+    for (const auto& [task, values] : given.request.of_tasks) {
+        for (const auto& value : values) { look(value); }
+    }
+    return (place.empty() ? given.at_method : place) + ": " + what;
+}
+
+} // namespace
+
+stages_named read_document(run_settings& given, const YAML::Node& document, const stages& others, bool there)
+{
+    try {
+        reader one(given, document, others, there);
+        one.read();
+        (void)find_method(given.request);
+        return one.needs();
+    }
+    catch (const YAML::Exception& wrong) {
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::error_code::option_value, given.config + ": " + wrong.what());
+    }
+    catch (const usage_error& wrong) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, placed(given, wrong.what()));
+    }
+}
+
+void with_place(const run_settings& given, const std::function<void()>& merge)
+{
+    try {
+        merge();
+    }
+    catch (const taskvec::invalid_argument& wrong) {
+        using code = taskvec::error_code;
+        const bool of_values = wrong.code() == code::weights_sum_zero || wrong.code() == code::parameter_out_of_range
+            || wrong.code() == code::no_solution;
+        if (!of_values) { throw; }
+        taskvec::raise<taskvec::invalid_argument>(wrong.code(), placed(given, wrong.what()));
+    }
+}
+
+} // namespace tool::configuration
