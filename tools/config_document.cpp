@@ -33,57 +33,6 @@ std::string escaped(const std::string& text)
     return pattern;
 }
 
-fs::path cache_of_hub()
-{
-    const auto variable = [](const char* name) {
-        const char* value = std::getenv(name);
-        return std::string(value ? value : "");
-    };
-    for (const auto* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}) {
-        if (auto folder = variable(name); !folder.empty()) { return folder; }
-    }
-    if (auto home = variable("HF_HOME"); !home.empty()) { return fs::path(home) / "hub"; }
-    if (auto cache = variable("XDG_CACHE_HOME"); !cache.empty()) { return fs::path(cache) / "huggingface/hub"; }
-    return fs::path(variable("HOME")) / ".cache/huggingface/hub";
-}
-
-/// A model of the configuration: what is there under its name, or the Hub's copy of it on this machine.
-fs::path find_model(const place& where, const YAML::Node& node, const std::string& name)
-{
-    std::error_code ignored;
-    if (fs::exists(name, ignored)) { return name; }
-    const auto at = name.find('@');
-    auto repository = name.substr(0, at);
-    auto revision = at == name.npos ? std::string("main") : name.substr(at + 1);
-    const auto plain = [](const std::string& text, std::size_t slashes) {
-        return !text.empty() && !text.starts_with('.') && text.find("..") == text.npos
-            && static_cast<std::size_t>(std::count(text.begin(), text.end(), '/')) <= slashes
-            && std::none_of(text.begin(), text.end(), [](char c) { return c == '\\' || c == '\n' || c == '\0'; });
-    };
-    const auto cache = cache_of_hub();
-    if (plain(repository, 1) && !repository.starts_with('/') && plain(revision, 8) && !revision.starts_with('/')) {
-        for (std::size_t i = 0; (i = repository.find('/', i)) != repository.npos;) { repository.replace(i, 1, "--"); }
-        const auto folder = cache / ("models--" + repository);
-        if (std::ifstream reference(folder / "refs" / revision); reference) {
-            std::string hash;
-            if (reference >> hash && plain(hash, 0)) { revision = hash; }
-        }
-        if (auto found = folder / "snapshots" / revision; fs::is_directory(found, ignored)) { return found; }
-    }
-    where.fail(node,
-        "there is no model '" + shown(name) + "': no file or directory has this name, and the Hub's cache '"
-            + cache.string() + "' does not hold it; nothing is downloaded: fetch it first, or give a path",
-        taskvec::error_code::model_not_found);
-}
-
-/// A model among `models` or `sources`. Copied, never assigned: an assignment to a node writes into the document.
-struct input {
-    std::string name, path, adapter;
-    YAML::Node at; ///< its name
-    std::optional<YAML::Node> parameters{}, layers{};
-    std::size_t first = 0, last = 0; ///< its layers, in a slice of several
-};
-
 /// What is merged by itself: all, or a slice of the layers.
 struct slice {
     std::vector<input> inputs; ///< the base not among them
@@ -134,6 +83,7 @@ public:
         , document_(document)
         , stages_(others)
         , stages_are_there_(there)
+        , names_(where_, others)
         , copies_are_given_(!given.request.copies.from.empty())
     { }
 
@@ -159,7 +109,7 @@ public:
     }
 
     /// The other documents whose results this one takes, once it is read: where each is named first.
-    [[nodiscard]] const stages_named& needs() const { return needs_; }
+    [[nodiscard]] const stages_named& needs() const { return names_.needs(); }
 
 private:
     using scopes = std::vector<YAML::Node>;
@@ -197,62 +147,11 @@ private:
         const mapping part(where_, node, slice ? "a source" : "a model", keys);
         const auto model = part.find("model");
         if (!model) { where_.fail(node, "'model' is missing"); }
-        auto made = named(model->value);
+        auto made = names_.find(model->value);
         if (const auto given = part.find("parameters")) { made.parameters = given->value; }
         if (const auto range = part.find("layer_range")) { made.layers = range->value; }
         if (slice && !made.layers) { where_.fail(node, "'layer_range' is missing, such as [0, 32]"); }
         inputs_read_.emplace(node.Mark().pos, made);
-        return made;
-    }
-
-    /// The name of a model, which mergekit writes as a mapping too: `{model: {path: P, revision: R}, lora: {path: L}}`.
-    std::string reference_of(const YAML::Node& node)
-    {
-        if (!node.IsMap()) { return scalar_of(where_, node, "a model"); }
-        const auto path_of = [&](const YAML::Node& part) {
-            if (!part.IsMap()) { return scalar_of(where_, part, "a model"); }
-            const mapping parts(where_, part, "a model", {"path", "revision"});
-            const auto place = parts.find("path");
-            if (!place) { where_.fail(part, "a model without a 'path'"); }
-            auto text = scalar_of(where_, place->value, "a path");
-            if (const auto revision = parts.find("revision")) {
-                text += "@" + scalar_of(where_, revision->value, "a revision");
-            }
-            return text;
-        };
-        const mapping parts(where_, node, "a model", {"model", "lora", "override_architecture", "path", "revision"});
-        if (const auto one = parts.find("override_architecture")) {
-            where_.fail(one->key, "'override_architecture' is not supported: names tell what tensors are");
-        }
-        if (parts.find("path")) { return path_of(node); }
-        const auto model = parts.find("model");
-        if (!model) { where_.fail(node, "a model without a 'path'"); }
-        const auto lora = parts.find("lora");
-        return path_of(model->value) + (lora ? "+" + path_of(lora->value) : "");
-    }
-
-    input named(const YAML::Node& node)
-    {
-        input made;
-        made.at = node;
-        made.name = reference_of(node);
-        const auto plus = made.name.find('+');
-        for (const auto end : {made.name.npos, plus}) { // by itself, or with an adapter
-            const auto stage = stages_.find(made.name.substr(0, end));
-            if (stage == stages_.end()) { continue; }
-            needs_.emplace(stage->first, node);
-            made.path = stage->second.string();
-            if (end != made.name.npos) { made.adapter = find_model(where_, node, made.name.substr(end + 1)).string(); }
-            return made;
-        }
-        std::error_code ignored;
-        if (plus != made.name.npos && !fs::exists(made.name, ignored)) {
-            made.path = find_model(where_, node, made.name.substr(0, plus)).string();
-            made.adapter = find_model(where_, node, made.name.substr(plus + 1)).string();
-        }
-        else {
-            made.path = find_model(where_, node, made.name).string();
-        }
         return made;
     }
 
@@ -352,10 +251,10 @@ private:
             }
             if (const auto own = part.find("base_model")) {
                 own_base.emplace(*own);
-                made.base = named(own->value);
+                made.base = names_.find(own->value);
             }
             else if (base) {
-                made.base = named(base->value);
+                made.base = names_.find(base->value);
             }
             const auto end = begin + made.inputs.front().last - made.inputs.front().first;
             made.part = {begin, end, slices_.empty(), slices_.size() + 1 == list.size()};
@@ -511,7 +410,7 @@ private:
         }
         std::error_code ignored;
         if (given && request().copies.from.empty()) { // configuration and tokenizer are the base's
-            if (const auto from = named(given->value).path; fs::is_directory(from, ignored)) {
+            if (const auto from = names_.find(given->value).path; fs::is_directory(from, ignored)) {
                 request().copies.from = from;
             }
         }
@@ -532,7 +431,7 @@ private:
             }
         }
         else {
-            auto found = named(given->value);
+            auto found = names_.find(given->value);
             const auto same = [&](const input& one) { return one.path == found.path && one.adapter == found.adapter; };
             std::vector<input> others;
             std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
@@ -1120,7 +1019,7 @@ private:
         if (!one) { return; }
         std::optional<input> source;
         if (!one->value.IsScalar() || (one->value.Scalar() != "base" && one->value.Scalar() != "union")) {
-            source.emplace(named(one->value));
+            source.emplace(names_.find(one->value));
         }
         const auto word = source ? source->name : one->value.Scalar();
         const auto content = [](const std::string& model) -> std::optional<std::string> {
@@ -1210,7 +1109,7 @@ private:
     std::shared_ptr<const token_rules> rules_of_tokens(const mapping& top, const mapping& parts)
     {
         auto rules = std::make_shared<token_rules>();
-        if (const auto base = top.find("base_model")) { rules->base = place_among_models(named(base->value)); }
+        if (const auto base = top.find("base_model")) { rules->base = place_among_models(names_.find(base->value)); }
         const auto whole = [&](const mapping::entry& one, double most) {
             const auto number = number_of(where_, one.value, one.name);
             if (!(number >= 0 && number <= most && std::floor(number) == number)) {
@@ -1256,7 +1155,7 @@ private:
                 where_.fail(
                     at, "the source of " + what + " is 'zero', which would be a model; for zeros write {kind: zero}");
             }
-            const auto found = named(at);
+            const auto found = names_.find(at);
             const auto place = place_among_models(found);
             if (!place) {
                 where_.fail(at,
@@ -1360,7 +1259,7 @@ private:
     YAML::Node document_;
     const stages& stages_;
     bool stages_are_there_;
-    stages_named needs_;
+    model_names names_;
     const mergekit_method* method_ = nullptr;
     YAML::Node at_method_;
     std::vector<slice> slices_; ///< one where there are none: the whole

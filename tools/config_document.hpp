@@ -2,19 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "config_values.hpp"
+#include "config_names.hpp"
 #include "run_config.hpp"
 
 #include <functional>
-#include <map>
 #include <string>
 
 namespace tool::configuration {
-
-/// Results of the other documents of a file, by their names: where they lie, or will lie.
-using stages = std::map<std::string, fs::path>;
-/// Those of them that a document takes: where each is named first.
-using stages_named = std::map<std::string, YAML::Node>;
 
 /// Reads a document into a request. `there`: whether the results of stages are. Errors of wrong values in the file are
 /// no wrong usage.
