@@ -3,7 +3,7 @@
 #include "config_document.hpp"
 
 #include "chat_templates.hpp"
-#include "mergekit_words.hpp"
+#include "config_models.hpp"
 #include "vocabulary.hpp"
 #include "words.hpp"
 
@@ -32,14 +32,6 @@ std::string escaped(const std::string& text)
     }
     return pattern;
 }
-
-/// What is merged by itself: all, or a slice of the layers.
-struct slice {
-    std::vector<input> inputs; ///< the base not among them
-    std::vector<YAML::Node> parameters; ///< of all its inputs, what counts most first
-    std::optional<input> base{};
-    std::optional<part_of_model> part{}; ///< of the result; nothing: all
-};
 
 /// A tensor of a model's files.
 struct stored_tensor {
@@ -78,13 +70,11 @@ class reader {
 public:
     /// `there`: whether the results of stages are.
     reader(run_settings& given, const YAML::Node& document, const stages& others, bool there)
-        : given_(given)
-        , where_(given.config)
+        : it_(given, others, there)
+        , where_(it_.where)
         , document_(document)
-        , stages_(others)
-        , stages_are_there_(there)
-        , names_(where_, others)
-        , copies_are_given_(!given.request.copies.from.empty())
+        , slices_(it_.slices)
+        , request_(it_.request())
     { }
 
     void read()
@@ -93,23 +83,21 @@ public:
             {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
                 "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
         read_method(top);
-        auto base = top.find("base_model");
-        read_models(top, base);
-        set_base(base);
+        read_models(it_, top);
         read_dtype(top);
         const auto own = read_own(top);
         read_parameters();
-        request().options.insert(request().options.end(), own.begin(), own.end());
+        request_.options.insert(request_.options.end(), own.begin(), own.end());
         check_tokenizers(top);
         read_chat_template(top);
-        if (stages_are_there_ || stages_.empty()) { // looked at when all of them are
+        if (it_.models_are_there()) { // looked at when all of them are
             leave_buffers_out();
             promote();
         }
     }
 
     /// The other documents whose results this one takes, once it is read: where each is named first.
-    [[nodiscard]] const stages_named& needs() const { return names_.needs(); }
+    [[nodiscard]] const stages_named& needs() const { return it_.names.needs(); }
 
 private:
     using scopes = std::vector<YAML::Node>;
@@ -122,336 +110,21 @@ private:
         std::vector<std::string> known;
         for (const auto& method : mergekit_methods()) {
             known.push_back(method.theirs);
-            if (method.theirs == name) { method_ = &method; }
+            if (method.theirs == name) { it_.method = &method; }
         }
-        at_method_ = one->value;
-        given_.at_method = where_.of(one->value);
+        it_.at_method = one->value;
+        it_.given.at_method = where_.of(one->value);
         auto ours = name; // the names of --method do as well
         std::replace(ours.begin(), ours.end(), '_', '-');
-        if (const auto* entry = method_named(ours); entry && !method_) {
+        if (const auto* entry = method_named(ours); entry && !it_.method) {
             for (const auto& method : mergekit_methods()) {
-                if (method.ours == entry->name) { method_ = &method; }
+                if (method.ours == entry->name) { it_.method = &method; }
             }
         }
-        if (!method_) { where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known)); }
-        request().method = method_->ours;
-    }
-
-    input read_input(const YAML::Node& node, bool slice)
-    {
-        if (const auto place = inputs_read_.find(node.Mark().pos); place != inputs_read_.end()) {
-            return place->second;
+        if (!it_.method) {
+            where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known));
         }
-        auto keys = std::vector<std::string>{"model", "parameters"};
-        if (slice) { keys.insert(keys.begin() + 1, "layer_range"); }
-        const mapping part(where_, node, slice ? "a source" : "a model", keys);
-        const auto model = part.find("model");
-        if (!model) { where_.fail(node, "'model' is missing"); }
-        auto made = names_.find(model->value);
-        if (const auto given = part.find("parameters")) { made.parameters = given->value; }
-        if (const auto range = part.find("layer_range")) { made.layers = range->value; }
-        if (slice && !made.layers) { where_.fail(node, "'layer_range' is missing, such as [0, 32]"); }
-        inputs_read_.emplace(node.Mark().pos, made);
-        return made;
-    }
-
-    void read_models(const mapping& top, std::optional<mapping::entry>& base)
-    {
-        if (const auto modules = top.find("modules")) {
-            const mapping all(where_, modules->value, "'modules'");
-            if (all.entries().size() != 1 || top.find("models") || top.find("slices")) {
-                where_.fail(modules->key,
-                    all.entries().empty() ? "'modules' is empty; expected one, or 'models' instead"
-                        : all.entries().size() == 1
-                        ? "'modules' is given beside 'models' or 'slices'; expected one of them"
-                        : "'modules' has several of them, and one is supported: give "
-                          "'models' for all tensors, with filters where modules differ");
-            }
-            const mapping one(where_, all.entries().front().value, "a module", {"models", "slices", "parameters"});
-            read_parts(one, base);
-            if (const auto given = top.find("parameters")) {
-                for (auto& part : slices_) { part.parameters.push_back(given->value); }
-            }
-            return;
-        }
-        read_parts(top, base);
-    }
-
-    /// What a configuration, or its only module, says of models.
-    void read_parts(const mapping& top, std::optional<mapping::entry>& base)
-    {
-        const auto models = top.find("models"), slices = top.find("slices");
-        if (models && slices) {
-            where_.fail(slices->key, "'models' and 'slices' are both given; expected one of them");
-        }
-        if (!models && !slices) { where_.fail(top.node(), "'models' is missing (or 'slices')"); }
-        YAML::Node list(models ? models->value : slices->value);
-        if (!list.IsSequence() || list.size() == 0) {
-            where_.fail(list,
-                std::string(models ? "'models' is " : "'slices' is ")
-                    + (list.IsSequence() ? "an empty list" : kind_of(list))
-                    + (models ? "; expected a list of models" : "; expected a list of slices"));
-        }
-        if (slices) { read_slices(list, base); }
-        else {
-            slices_.emplace_back();
-            read_inputs(list, slices_.back(), false);
-        }
-        for (auto& one : slices_) {
-            if (const auto given = top.find("parameters")) { one.parameters.push_back(given->value); }
-        }
-    }
-
-    void read_inputs(const YAML::Node& list, slice& to, bool layers)
-    {
-        constexpr std::size_t most = 1000;
-        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
-        constexpr std::size_t most_of_all = 100000; // aliases make many of few
-        if ((models_read_ += list.size()) > most_of_all) {
-            where_.fail(list, taskvec::message("there are more than ", most_of_all, " models in all slices"));
-        }
-        auto& inputs = to.inputs;
-        for (const auto& node : list) {
-            inputs.push_back(read_input(node, layers));
-            for (std::size_t i = 0; i + 1 < inputs.size(); ++i) {
-                if (inputs[i].path == inputs.back().path && inputs[i].adapter == inputs.back().adapter) {
-                    where_.fail(inputs.back().at, "'" + inputs.back().name + "' stands twice among the models");
-                }
-            }
-        }
-    }
-
-    void read_slices(const YAML::Node& list, std::optional<mapping::entry>& base)
-    {
-        constexpr std::size_t most = 10000;
-        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " slices")); }
-        bool whole = list.size() == 1;
-        std::size_t begin = 0;
-        std::optional<mapping::entry> own_base;
-        for (const auto& node : list) {
-            const auto& part = mapping_at(node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
-            if (const auto one = part.find("residual_weight")) {
-                where_.fail(one->key, "'residual_weight' is not supported");
-            }
-            slice made;
-            if (const auto given = part.find("parameters")) { made.parameters.push_back(given->value); }
-            const auto sources = part.find("sources");
-            if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
-                where_.fail(node, "a slice without a list of 'sources'");
-            }
-            read_inputs(sources->value, made, true);
-            for (auto& one : made.inputs) {
-                whole = read_layers(one) && whole;
-                const auto wanted = made.inputs.front().last - made.inputs.front().first;
-                if (one.last - one.first != wanted) {
-                    where_.fail(*one.layers,
-                        taskvec::message("'", one.name, "' gives ", counted(one.last - one.first, "layer"), " and '",
-                            made.inputs.front().name, "' ", wanted, "; expected as many of each source of a slice"));
-                }
-            }
-            if (const auto own = part.find("base_model")) {
-                own_base.emplace(*own);
-                made.base = names_.find(own->value);
-            }
-            else if (base) {
-                made.base = names_.find(base->value);
-            }
-            const auto end = begin + made.inputs.front().last - made.inputs.front().first;
-            made.part = {begin, end, slices_.empty(), slices_.size() + 1 == list.size()};
-            begin = end;
-            slices_.push_back(std::move(made));
-        }
-        if (begin == 0) { where_.fail(list, "all of the slices are empty: the result would have no layer"); }
-        if (whole) { // it is as if it were no slice
-            slices_.front().part.reset();
-            if (own_base) { base.emplace(*own_base); }
-        }
-    }
-
-    /// The layers of a source; whether they are all that its model has.
-    bool read_layers(input& one)
-    {
-        const auto& node = *one.layers;
-        if (!one.adapter.empty()) {
-            where_.fail(
-                one.at, "'" + one.name + "': layers of a model with an adapter; store it first by 'taskvec fuse'");
-        }
-        if (!node.IsSequence() || node.size() != 2) {
-            where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
-        }
-        const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
-        auto place = layers_.find(one.path);
-        if (!stages_are_there_ && stages_.contains(one.name)) { // its layers are counted when it is
-            place = layers_.try_emplace(one.path, 0).first;
-            place->second = std::max(place->second, static_cast<std::size_t>(std::clamp(last, 0.0, 1e9)));
-        }
-        if (place == layers_.end()) {
-            try {
-                const auto model = open_guarded(one.path);
-                place = layers_.emplace(one.path, count_layers(model.model(), "'" + one.name + "'")).first;
-            }
-            catch (const taskvec::invalid_argument& wrong) {
-                where_.fail(one.at, wrong.what(), wrong.code());
-            }
-        }
-        const auto count = static_cast<double>(place->second);
-        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first > last || last > count) {
-            where_.fail(node,
-                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ",
-                    place->second, "]; expected a part of them, the end not included"));
-        }
-        one.first = static_cast<std::size_t>(first);
-        one.last = static_cast<std::size_t>(last);
-        return one.first == 0 && one.last == place->second;
-    }
-
-    [[nodiscard]] bool sliced() const { return slices_.front().part.has_value(); }
-
-    /// The `parameters` of a model that only stands there.
-    [[nodiscard]] static YAML::Node without_weight()
-    {
-        YAML::Node made;
-        made["weight"] = 0;
-        return made;
-    }
-
-    /// Where slices are means of different numbers of models, further ones have no weight: models of other slices, as
-    /// far as they have so many layers.
-    void even_out()
-    {
-        std::vector<input> all;
-        std::set<std::string> known;
-        std::size_t most = 0;
-        for (const auto& part : slices_) {
-            most = std::max(most, part.inputs.size());
-            for (const auto& one : part.inputs) {
-                if (known.insert(one.path).second) { all.push_back(one); }
-            }
-        }
-        for (auto& part : slices_) {
-            if (part.inputs.empty()) { continue; }
-            const auto count = part.inputs.front().last - part.inputs.front().first;
-            while (part.inputs.size() < most) {
-                const auto other = std::find_if(all.begin(), all.end(), [&](const input& one) {
-                    const auto same = [&](const input& its) { return its.path == one.path; };
-                    return layers_[one.path] >= count && std::none_of(part.inputs.begin(), part.inputs.end(), same);
-                });
-                auto further = other == all.end() ? part.inputs.front() : *other;
-                if (other != all.end()) {
-                    further.first = 0;
-                    further.last = count;
-                }
-                further.parameters.reset();
-                further.parameters.emplace(without_weight());
-                part.inputs.push_back(std::move(further));
-            }
-        }
-    }
-
-    /// Whether the method takes so many models.
-    void check_count()
-    {
-        for (const auto& part : slices_) {
-            const auto count = part.inputs.size();
-            if (count >= method_->fewest && count <= method_->most) { continue; }
-            const std::string beside = method_->takes == mergekit_method::base::required ? " beside the base" : "";
-            const auto wanted = method_->most == method_->fewest ? counted(method_->fewest, "model") + beside
-                : count < method_->fewest ? counted(method_->fewest, "model") + beside + " or more"
-                                          : counted(method_->most, "model") + beside + " at most";
-            where_.fail(count > method_->most ? part.inputs[method_->most].at : at_method_,
-                taskvec::message("merge_method '", method_->theirs, "' takes ", wanted, "; here ",
-                    count == 1 ? "is " : "are ", count));
-        }
-    }
-
-    /// The bases of slices stand among their sources.
-    void set_bases_of_slices(const std::optional<mapping::entry>& given)
-    {
-        using base = mergekit_method::base;
-        for (auto& one : slices_) {
-            auto& inputs = one.inputs;
-            if (method_->takes == base::input) {
-                one.base.reset();
-                continue;
-            }
-            if (!one.base) {
-                if (method_->takes == base::required) {
-                    where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
-                }
-                continue;
-            }
-            const auto place = std::find_if(
-                inputs.begin(), inputs.end(), [&](const input& its) { return its.path == one.base->path; });
-            if (place == inputs.end()) {
-                where_.fail(inputs.front().at,
-                    "the base '" + one.base->name + "' is not among the sources of the slice: add it, with its layers");
-            }
-            one.base->first = place->first;
-            one.base->last = place->last;
-            std::vector<input> others;
-            for (auto& its : inputs) {
-                if (&its != &*place) { others.push_back(std::move(its)); }
-            }
-            inputs.swap(others);
-        }
-        if (method_->ours == "average") { even_out(); }
-        const auto& first = slices_.front();
-        for (const auto& one : slices_) {
-            if (one.inputs.empty()) { where_.fail(at_method_, "a slice has no model beside the base"); }
-            if (one.inputs.size() != first.inputs.size() || one.base.has_value() != first.base.has_value()) {
-                where_.fail(one.inputs.front().at,
-                    taskvec::message("this slice merges ", counted(one.inputs.size(), "model"), " and the first ",
-                        first.inputs.size(), "; expected as many in every slice, but for merge_method 'linear'"));
-            }
-        }
-        if (first.base) { request().base = first.base->path; }
-        for (const auto& one : slices_) {
-            if (one.base) { append_layers(request().views[""], one.base->path, one.base->first, one.base->last); }
-        }
-        std::error_code ignored;
-        if (given && request().copies.from.empty()) { // configuration and tokenizer are the base's
-            if (const auto from = names_.find(given->value).path; fs::is_directory(from, ignored)) {
-                request().copies.from = from;
-            }
-        }
-    }
-
-    void set_base(const std::optional<mapping::entry>& given)
-    {
-        using base = mergekit_method::base;
-        if (sliced()) {
-            set_bases_of_slices(given);
-            check_count();
-            return;
-        }
-        auto& inputs = slices_.front().inputs;
-        if (!given) {
-            if (method_->takes == base::required) {
-                where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
-            }
-        }
-        else {
-            auto found = names_.find(given->value);
-            const auto same = [&](const input& one) { return one.path == found.path && one.adapter == found.adapter; };
-            std::vector<input> others;
-            std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
-            const bool weighted = !method_->parameters.empty() && method_->parameters.front().name == "weight";
-            if (others.empty() && method_->takes == base::required && weighted) { // no task vector: the base itself
-                others.push_back(inputs.front());
-                others.front().parameters.reset();
-                others.front().parameters.emplace(without_weight());
-            }
-            if (method_->takes != base::input) {
-                request().base = found.path;
-                request().base_adapter = found.adapter;
-                inputs.swap(others);
-            }
-            else if (others.size() == inputs.size()) {
-                inputs.push_back(std::move(found));
-            }
-        }
-        if (inputs.empty()) { where_.fail(at_method_, "no model is left beside the base"); }
-        check_count();
+        request_.method = it_.method->ours;
     }
 
     void read_dtype(const mapping& top)
@@ -477,7 +150,7 @@ private:
                 if (of_result) { known.emplace_back("float64"); }
                 where_.fail(one->value, std::string(key) + " is '" + shown(word) + "'" + meant(word, known));
             }
-            request().dtype = dtype;
+            request_.dtype = dtype;
         }
     }
 
@@ -488,7 +161,7 @@ private:
         if (place != tensors_.end()) { return place->second; }
         auto& list = tensors_[path];
         try {
-            const bool lenient = request().index == "lenient";
+            const bool lenient = request_.index == "lenient";
             const auto model =
                 open_guarded(path, lenient ? taskvec::index_check::lenient : taskvec::index_check::strict);
             for (const auto& [name, tensor] : model.model()) {
@@ -509,7 +182,7 @@ private:
         const auto add = [&](const std::string& path) {
             if (seen.insert(path).second) { all.push_back(path); }
         };
-        add(given_.request.base);
+        add(request_.base);
         for (const auto& part : slices_) {
             if (part.base) { add(part.base->path); }
             for (const auto& one : part.inputs) { add(one.path); }
@@ -538,8 +211,8 @@ private:
         });
         for (const auto& [kind, what] : found) {
             if (what.models.size() == models.size()) { continue; }
-            request().exclude.push_back(kind);
-            note(request().run,
+            request_.exclude.push_back(kind);
+            note(request_.run,
                 "'" + what.first + "' and its like are not in every model and are no weights: they take no part");
         }
     }
@@ -564,7 +237,7 @@ private:
             }
         };
         for (const auto& part : slices_) {
-            if (!part.part && !request().base.empty()) { look(part, request().base, 0); }
+            if (!part.part && !request_.base.empty()) { look(part, request_.base, 0); }
             if (part.base) { look(part, part.base->path, part.base->first); }
             for (const auto& one : part.inputs) { look(part, one.path, one.first); }
         }
@@ -573,7 +246,7 @@ private:
     /// Without a dtype mergekit merges each tensor in one that holds those of all models.
     void promote()
     {
-        if (!request().dtype.empty()) { return; }
+        if (!request_.dtype.empty()) { return; }
         std::set<taskvec::dtype> all;
         for (const auto& path : paths()) {
             for (const auto& tensor : tensors_of(path)) {
@@ -600,14 +273,14 @@ private:
         if (!other) { return; }
         if (wanted.size() == 1) {
             std::string word(taskvec::to_string(*wanted.begin()));
-            note(request().run,
+            note(request_.run,
                 "no dtype is given, and models differ in theirs: the result is " + word + ", which holds all of them");
             std::transform(word.begin(), word.end(), word.begin(),
                 [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
-            request().dtype = word;
+            request_.dtype = word;
             return;
         }
-        note(request().run,
+        note(request_.run,
             taskvec::message("no dtype is given, and models differ in theirs: '", other->first, "' is ",
                 taskvec::to_string(other->second.own), " in the result, ", taskvec::to_string(other->second.wanted),
                 " where mergekit merges; dtype or out_dtype says which"));
@@ -627,7 +300,7 @@ private:
         if (const auto one = top.find("taskvec")) {
             const auto& entries = all_methods();
             const auto& rows = std::find_if(entries.begin(), entries.end(), [&](const method_entry& entry) {
-                return entry.name == method_->ours;
+                return entry.name == it_.method->ours;
             })->options;
             std::vector<std::string> known{"semantics"};
             for (const auto& row : rows) {
@@ -646,7 +319,7 @@ private:
                 semantics = word;
             }
         }
-        if (given_.semantics.empty()) { given_.semantics = semantics; }
+        if (it_.given.semantics.empty()) { it_.given.semantics = semantics; }
         return options;
     }
 
@@ -681,7 +354,7 @@ private:
         const std::pair key(one.name, level.Mark().pos);
         if (const auto place = values_read_.find(key); place != values_read_.end()) { return place->second; }
         auto& made = values_read_[key];
-        const auto given = mapping_at(level, "parameters").find(one.name);
+        const auto given = mappings_read_.at(where_, level, "parameters").find(one.name);
         if (!given) { return made; }
         for (const auto& part : settings_of(where_, given->value, one.name)) {
             if (made.for_all) { break; }
@@ -690,17 +363,6 @@ private:
             made.for_all = part.filter.empty();
         }
         return made;
-    }
-
-    /// A mapping that aliases may give to many. Those that stand in no file are alike (without_weight).
-    const mapping& mapping_at(
-        const YAML::Node& node, const std::string& what, const std::vector<std::string>& known = {})
-    {
-        const std::pair key(what, node.Mark().pos);
-        if (const auto place = mappings_read_.find(key); place != mappings_read_.end()) { return place->second; }
-        return mappings_read_
-            .emplace(key, known.empty() ? mapping(where_, node, what) : mapping(where_, node, what, known))
-            .first->second;
     }
 
     /// Whether tensors may differ in it: not where two parameters are one row, and one of them leaves it as it is.
@@ -724,7 +386,7 @@ private:
                                    : "for all tensors; filters and lists are not supported"));
             }
             made.text =
-                truth ? one.word(truth_of(where_, part.value, one.name), given_.semantics) : part.value.Scalar();
+                truth ? one.word(truth_of(where_, part.value, one.name), it_.given.semantics) : part.value.Scalar();
             if (!part.filter.empty()) {
                 made.by_tensor = made.as_in_mergekit = true;
                 made.pattern = escaped(part.filter);
@@ -762,13 +424,13 @@ private:
     void read_parameters()
     {
         check_names();
-        const bool mergekit = given_.semantics == "mergekit";
-        auto& options = request().options;
-        if (mergekit && method_->semantics) { options.push_back({"semantics", "mergekit", "--semantics"}); }
-        if (mergekit && method_->ours == "model-stock") { options.push_back({"clamp", "false", "--semantics"}); }
+        const bool mergekit = it_.given.semantics == "mergekit";
+        auto& options = request_.options;
+        if (mergekit && it_.method->semantics) { options.push_back({"semantics", "mergekit", "--semantics"}); }
+        if (mergekit && it_.method->ours == "model-stock") { options.push_back({"clamp", "false", "--semantics"}); }
         const auto& inputs = slices_.front().inputs;
         std::vector<option_values> weights(inputs.size()), own(inputs.size());
-        for (const auto& one : method_->parameters) {
+        for (const auto& one : it_.method->parameters) {
             if (one.name == "weight") {
                 for (const auto& part : slices_) {
                     for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -801,7 +463,7 @@ private:
             for (const auto& part : slices_) {
                 bool for_all = false;
                 of_slices.push_back(values_of_inputs(one, part, for_all));
-                if (!for_all && one.required) { missing(one, at_method_, of_slices.back(), ""); }
+                if (!for_all && one.required) { missing(one, it_.at_method, of_slices.back(), ""); }
                 all_for_all = all_for_all && for_all;
                 alike = alike && same_values(of_slices.front(), of_slices.back());
             }
@@ -816,7 +478,7 @@ private:
                     add_values(all, std::move(of_slices[p]), slices_[p], number);
                 }
             }
-            if (!all_for_all && (mergekit || !method_->semantics) && !one.unless.empty()) {
+            if (!all_for_all && (mergekit || !it_.method->semantics) && !one.unless.empty()) {
                 all.insert(all.begin(), {one.row, one.unless, one.name});
             }
             options.insert(options.end(), all.begin(), all.end());
@@ -918,17 +580,17 @@ private:
             if (!checked.emplace(node.Mark().pos, of_model).second) { return; }
             const mapping level(where_, node, "parameters", known);
             for (const auto& one : level.entries()) {
-                const auto has = std::find_if(method_->parameters.begin(), method_->parameters.end(),
+                const auto has = std::find_if(it_.method->parameters.begin(), it_.method->parameters.end(),
                     [&](const mergekit_parameter& its) { return its.name == one.name; });
                 const bool used =
-                    has != method_->parameters.end() && !(of_model && has->of == mergekit_parameter::scope::shared);
+                    has != it_.method->parameters.end() && !(of_model && has->of == mergekit_parameter::scope::shared);
                 if (used) { continue; }
                 if (one.name == "int8_mask") { (void)truth_of(where_, one.value, one.name); }
-                if (one.name == "eps" && method_->theirs == "multislerp") { check_eps(one.value); }
-                note(request().run,
+                if (one.name == "eps" && it_.method->theirs == "multislerp") { check_eps(one.value); }
+                note(request_.run,
                     where_.of(one.key) + ": '" + one.name + "' has no effect"
-                        + (silent.contains(one.name) ? "" : " on merge_method '" + method_->theirs + "'")
-                        + (has != method_->parameters.end() ? " for one model alone" : ""));
+                        + (silent.contains(one.name) ? "" : " on merge_method '" + it_.method->theirs + "'")
+                        + (has != it_.method->parameters.end() ? " for one model alone" : ""));
             }
         };
         const auto& top = slices_.front().parameters; // the last of them is that of all slices
@@ -966,7 +628,7 @@ private:
     /// A task's text that no other has, with the same weight of 1.
     [[nodiscard]] std::string distinct(std::string text)
     {
-        const auto is_given = [&] { return std::count(request().tasks.begin(), request().tasks.end(), text) > 0; };
+        const auto is_given = [&] { return std::count(request_.tasks.begin(), request_.tasks.end(), text) > 0; };
         if (is_given()) { text += '.'; }
         while (is_given()) { text += '0'; }
         return text;
@@ -977,29 +639,29 @@ private:
         const auto& one = slices_.front().inputs[i];
         if (!one.adapter.empty()) {
             const auto text = distinct(one.adapter + "=1"); // that is the adapter's own factor
-            const bool on_base = one.path == request().base && request().base_adapter.empty();
-            request().adapters.emplace(text, on_base ? "" : one.path);
-            request().tasks.push_back(text);
-            if (!own.empty()) { request().of_tasks[text] = std::move(own); }
+            const bool on_base = one.path == request_.base && request_.base_adapter.empty();
+            request_.adapters.emplace(text, on_base ? "" : one.path);
+            request_.tasks.push_back(text);
+            if (!own.empty()) { request_.of_tasks[text] = std::move(own); }
             for (auto& value : weight) {
                 if (value.by_tensor) { continue; }
                 value.by_tensor = value.as_in_mergekit = true;
                 value.numbers = {std::strtod(value.text.c_str(), nullptr)};
             }
-            if (!weight.empty()) { request().weights[text] = std::move(weight); }
+            if (!weight.empty()) { request_.weights[text] = std::move(weight); }
             return;
         }
         const bool plain = !weight.empty() && !weight.front().by_tensor; // the first is what counts last
         const auto own_text = one.path + "=" + (plain ? weight.front().text : "1");
-        const auto text = sliced() ? distinct(own_text) : own_text;
+        const auto text = it_.sliced() ? distinct(own_text) : own_text;
         if (plain) { weight.erase(weight.begin()); }
-        request().tasks.push_back(text);
-        if (!weight.empty()) { request().weights[text] = std::move(weight); }
-        if (!own.empty()) { request().of_tasks[text] = std::move(own); }
+        request_.tasks.push_back(text);
+        if (!weight.empty()) { request_.weights[text] = std::move(weight); }
+        if (!own.empty()) { request_.of_tasks[text] = std::move(own); }
         for (const auto& part : slices_) {
             if (!part.part) { continue; }
             const auto& its = part.inputs[i];
-            append_layers(request().views[text], its.path, its.first, its.last);
+            append_layers(request_.views[text], its.path, its.first, its.last);
         }
     }
 
@@ -1019,7 +681,7 @@ private:
         if (!one) { return; }
         std::optional<input> source;
         if (!one->value.IsScalar() || (one->value.Scalar() != "base" && one->value.Scalar() != "union")) {
-            source.emplace(names_.find(one->value));
+            source.emplace(it_.names.find(one->value));
         }
         const auto word = source ? source->name : one->value.Scalar();
         const auto content = [](const std::string& model) -> std::optional<std::string> {
@@ -1027,10 +689,10 @@ private:
             if (!file) { return std::nullopt; }
             return std::string(std::istreambuf_iterator<char>(file), {});
         };
-        const auto& reference = request().base.empty() ? slices_.front().inputs.front().path : request().base;
+        const auto& reference = request_.base.empty() ? slices_.front().inputs.front().path : request_.base;
         const auto first = content(reference);
-        if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
-        if (request().vocabulary != "error") {
+        if (!it_.models_are_there()) { return; } // looked at when all of them are
+        if (request_.vocabulary != "error") {
             where_.fail(one->key, "'" + one->name + "' is given, and --vocabulary as well; expected one of them");
         }
         bool same = first.has_value(), all_have = same;
@@ -1051,7 +713,7 @@ private:
         }
         if (source) { look(*source); }
         if (same && !rules) {
-            request().vocabulary = "base"; // rows that pad may differ
+            request_.vocabulary = "base"; // rows that pad may differ
             if (source) { take_tokenizer(*source); }
             return;
         }
@@ -1059,11 +721,11 @@ private:
         if (!all_have) {
             where_.fail(one->key, what + ": tokens are told apart by tokenizer.json, and not every model has one");
         }
-        if (sliced() && rules) {
+        if (it_.sliced() && rules) {
             where_.fail(
                 one->key, "'tokens' and 'pad_to_multiple_of' are supported for whole models, and here are slices");
         }
-        if (sliced()) {
+        if (it_.sliced()) {
             where_.fail(one->key,
                 what + " is supported in slices where all models have the same tokenizer.json, and these differ");
         }
@@ -1078,24 +740,24 @@ private:
                 "the vocabulary begins with that of the first model, and the base is another: put it first among the "
                 "models");
         }
-        request().vocabulary = the_first || same ? "base" : "union";
-        request().rows_of_tokens = std::move(rules);
+        request_.vocabulary = the_first || same ? "base" : "union";
+        request_.rows_of_tokens = std::move(rules);
     }
 
     /// The result has the tokenizer of this model, whose tokens are those of all.
     void take_tokenizer(const input& source)
     {
         std::error_code ignored;
-        if (copies_are_given_ || !fs::is_directory(source.path, ignored)) { return; }
-        request().copies.tokenizer_from = source.path;
+        if (it_.copies_are_given || !fs::is_directory(source.path, ignored)) { return; }
+        request_.copies.tokenizer_from = source.path;
     }
 
     /// The models in the order of vocabulary_input: the base of the merge first, where it has one.
     [[nodiscard]] std::optional<std::size_t> place_among_models(const input& model) const
     {
         std::size_t before = 0;
-        if (const auto& base = given_.request.base; !base.empty()) {
-            if (model.path == base && model.adapter == given_.request.base_adapter) { return 0; }
+        if (const auto& base = request_.base; !base.empty()) {
+            if (model.path == base && model.adapter == request_.base_adapter) { return 0; }
             ++before;
         }
         const auto& inputs = slices_.front().inputs;
@@ -1109,7 +771,7 @@ private:
     std::shared_ptr<const token_rules> rules_of_tokens(const mapping& top, const mapping& parts)
     {
         auto rules = std::make_shared<token_rules>();
-        if (const auto base = top.find("base_model")) { rules->base = place_among_models(names_.find(base->value)); }
+        if (const auto base = top.find("base_model")) { rules->base = place_among_models(it_.names.find(base->value)); }
         const auto whole = [&](const mapping::entry& one, double most) {
             const auto number = number_of(where_, one.value, one.name);
             if (!(number >= 0 && number <= most && std::floor(number) == number)) {
@@ -1155,7 +817,7 @@ private:
                 where_.fail(
                     at, "the source of " + what + " is 'zero', which would be a model; for zeros write {kind: zero}");
             }
-            const auto found = names_.find(at);
+            const auto found = it_.names.find(at);
             const auto place = place_among_models(found);
             if (!place) {
                 where_.fail(at,
@@ -1208,11 +870,11 @@ private:
         if (!one) { return; }
         const auto text = scalar_of(where_, one->value, "chat_template");
         if (text.find('{') != text.npos) {
-            request().copies.chat_template = text;
+            request_.copies.chat_template = text;
             return;
         }
         if (text == "chatml") {
-            request().copies.chat_template = std::string(chatml_template);
+            request_.copies.chat_template = std::string(chatml_template);
             return;
         }
         if (text != "auto") {
@@ -1234,42 +896,33 @@ private:
                 ++place->second;
             }
         };
-        if (!request().base.empty()) {
+        if (!request_.base.empty()) {
             input base;
-            base.path = request().base;
+            base.path = request_.base;
             count(base);
         }
         for (const auto& part : slices_) {
             if (part.base) { count(*part.base); }
             for (const auto& model : part.inputs) { count(model); }
         }
-        if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
+        if (!it_.models_are_there()) { return; } // looked at when all of them are
         if (found.empty()) {
             where_.fail(one->value, "chat_template: auto, and no model has a chat template; leave it out, or give one");
         }
-        request().copies.chat_template = std::max_element(found.begin(), found.end(), [](const auto& a, const auto& b) {
+        request_.copies.chat_template = std::max_element(found.begin(), found.end(), [](const auto& a, const auto& b) {
             return a.second < b.second; // the first of the most
         })->first;
     }
 
-    merge_request& request() { return given_.request; }
-
-    run_settings& given_;
-    place where_;
+    reading it_;
+    const place& where_;
     YAML::Node document_;
-    const stages& stages_;
-    bool stages_are_there_;
-    model_names names_;
-    const mergekit_method* method_ = nullptr;
-    YAML::Node at_method_;
-    std::vector<slice> slices_; ///< one where there are none: the whole
-    std::map<std::string, std::size_t> layers_; ///< how many a model has, by path
-    bool copies_are_given_; ///< --copy-from
+    std::vector<slice>& slices_;
+    merge_request& request_;
     // What was read, by where it stands: aliases are read once.
-    std::map<int, input> inputs_read_;
-    std::map<std::pair<std::string, int>, mapping> mappings_read_; ///< by what they are, too
+    mappings mappings_read_;
     std::map<std::pair<std::string, int>, values_read> values_read_; ///< by the parameter's name too
-    std::size_t models_read_ = 0, values_made_ = 0;
+    std::size_t values_made_ = 0;
     std::map<std::string, std::vector<stored_tensor>> tensors_; ///< by path
 };
 

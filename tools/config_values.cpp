@@ -87,6 +87,15 @@ void mapping::add(
     }
 }
 
+const mapping& mappings::at(
+    const place& where, const YAML::Node& node, const std::string& what, const std::vector<std::string>& known)
+{
+    const std::pair key(what, node.Mark().pos);
+    if (const auto place = read_.find(key); place != read_.end()) { return place->second; }
+    return read_.emplace(key, known.empty() ? mapping(where, node, what) : mapping(where, node, what, known))
+        .first->second;
+}
+
 std::string scalar_of(const place& where, const YAML::Node& node, const std::string& what)
 {
     if (!node.IsScalar()) { where.fail(node, what + " is " + kind_of(node) + "; expected one word"); }

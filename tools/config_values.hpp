@@ -7,6 +7,7 @@
 #include <yaml-cpp/yaml.h>
 
 #include <cstddef>
+#include <map>
 #include <optional>
 #include <set>
 #include <string>
@@ -73,6 +74,16 @@ private:
     std::vector<entry> entries_;
     std::set<int> taken_; ///< where mappings begin that are in it
     std::size_t others_ = 0; ///< that are named
+};
+
+/// Mappings that aliases may give to many: each is read once. Those that stand in no file are alike.
+class mappings {
+public:
+    const mapping& at(const place& where, const YAML::Node& node, const std::string& what,
+        const std::vector<std::string>& known = {});
+
+private:
+    std::map<std::pair<std::string, int>, mapping> read_; ///< by what they are, too
 };
 
 /// One word.
