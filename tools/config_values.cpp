@@ -207,4 +207,14 @@ std::vector<setting> settings_of(const place& where, const YAML::Node& node, con
     return result;
 }
 
+std::string escaped(const std::string& text)
+{
+    std::string pattern;
+    for (const char c : text) {
+        if (std::string_view("^$\\.*+?()[]{}|").find(c) != std::string_view::npos) { pattern += '\\'; }
+        pattern += c;
+    }
+    return pattern;
+}
+
 } // namespace tool::configuration

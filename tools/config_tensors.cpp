@@ -1,0 +1,215 @@
+// What the tensors of models say that a configuration does not.
+// SPDX-License-Identifier: Apache-2.0
+#include "config_tensors.hpp"
+
+#include "scoring.hpp"
+#include "words.hpp"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace tool::configuration {
+
+namespace {
+
+/// A tensor of a model's files.
+struct stored_tensor {
+    std::string name;
+    taskvec::dtype dtype{};
+    taskvec::extents shape;
+    bool quantised = false;
+};
+
+/// What transformers once stored beside the weights, and makes by itself: the end of its name, as a pattern, where a
+/// tensor is one; else empty. mergekit passes over all that its architectures do not name.
+std::string buffer_pattern(const stored_tensor& tensor)
+{
+    const auto ends = [&](const std::string& with) { return tensor.name == with || tensor.name.ends_with("." + with); };
+    for (const std::string name : {"rotary_emb.inv_freq", "embeddings.position_ids"}) {
+        if (ends(name)) { return "(^|\\.)" + escaped(name) + "$"; }
+    }
+    for (const std::string name : {"attn", "attention"}) {
+        const auto& shape = tensor.shape;
+        const bool mask = shape.size() == 4 && shape[0] == 1 && shape[1] == 1 && shape[2] == shape[3];
+        if (mask && ends(name + ".bias")) { return "(^|\\.)" + name + "\\.bias$"; }
+        if (shape.empty() && ends(name + ".masked_bias")) { return "(^|\\.)" + name + "\\.masked_bias$"; }
+    }
+    return "";
+}
+
+/// The dtype that holds the numbers of both, as PyTorch has it.
+taskvec::dtype promoted(taskvec::dtype a, taskvec::dtype b)
+{
+    if (a == b) { return a; }
+    return a == taskvec::dtype::f64 || b == taskvec::dtype::f64 ? taskvec::dtype::f64 : taskvec::dtype::f32;
+}
+
+bool is_float(taskvec::dtype type)
+{
+    using dtype = taskvec::dtype;
+    return type == dtype::f64 || type == dtype::f32 || type == dtype::f16 || type == dtype::bf16;
+}
+
+class tensors_reader {
+public:
+    explicit tensors_reader(reading& it)
+        : slices_(it.slices)
+        , request_(it.request())
+    { }
+
+    void read()
+    {
+        leave_buffers_out();
+        promote();
+    }
+
+private:
+    /// The tensors of a model; none where it cannot be opened, which is said when it is merged.
+    const std::vector<stored_tensor>& tensors_of(const std::string& path)
+    {
+        const auto place = tensors_.find(path);
+        if (place != tensors_.end()) { return place->second; }
+        auto& list = tensors_[path];
+        try {
+            const bool lenient = request_.index == "lenient";
+            const auto model =
+                open_guarded(path, lenient ? taskvec::index_check::lenient : taskvec::index_check::strict);
+            for (const auto& [name, tensor] : model.model()) {
+                list.push_back({name, tensor.dtype, tensor.shape, tensor.source != nullptr});
+            }
+        }
+        catch (const taskvec::error&) {
+            list.clear();
+        }
+        return list;
+    }
+
+    /// The paths of all models, each once, the base first.
+    [[nodiscard]] std::vector<std::string> paths() const
+    {
+        std::vector<std::string> all;
+        std::set<std::string> seen{""};
+        const auto add = [&](const std::string& path) {
+            if (seen.insert(path).second) { all.push_back(path); }
+        };
+        add(request_.base);
+        for (const auto& part : slices_) {
+            if (part.base) { add(part.base->path); }
+            for (const auto& one : part.inputs) { add(one.path); }
+        }
+        return all;
+    }
+
+    /// Buffers that one model has and another lacks take no part.
+    void leave_buffers_out()
+    {
+        const auto models = paths();
+        const auto has_some = [&](const std::string& path) {
+            const auto& list = tensors_of(path);
+            return std::any_of(
+                list.begin(), list.end(), [](const stored_tensor& one) { return !buffer_pattern(one).empty(); });
+        };
+        if (std::none_of(models.begin(), models.end(), has_some)) { return; }
+        struct kind_of_buffer {
+            std::string first;
+            std::set<std::string> models{};
+        };
+        std::map<std::string, kind_of_buffer> found;
+        each_tensor([&](const std::string& path, const std::string& name, const stored_tensor& tensor) {
+            const auto kind = buffer_pattern(tensor);
+            if (!kind.empty()) { found.try_emplace(kind, kind_of_buffer{name}).first->second.models.insert(path); }
+        });
+        for (const auto& [kind, what] : found) {
+            if (what.models.size() == models.size()) { continue; }
+            request_.exclude.push_back(kind);
+            note(request_.run,
+                "'" + what.first + "' and its like are not in every model and are no weights: they take no part");
+        }
+    }
+
+    /// Calls `f` with the path of each model, and each of its tensors that is in the result, under the name there.
+    template <class Function>
+    void each_tensor(const Function& f)
+    {
+        const auto look = [&](const slice& part, const std::string& path, std::size_t first) {
+            for (const auto& tensor : tensors_of(path)) {
+                auto name = tensor.name;
+                if (part.part) {
+                    const auto layer = layer_of(name);
+                    const auto& its = *part.part;
+                    if (layer ? layer->second < first || layer->second - first >= its.last - its.first
+                              : !its.holds(name)) {
+                        continue;
+                    }
+                    if (layer) { name = in_layer(name, *layer, layer->second - first + its.first); }
+                }
+                f(path, name, tensor);
+            }
+        };
+        for (const auto& part : slices_) {
+            if (!part.part && !request_.base.empty()) { look(part, request_.base, 0); }
+            if (part.base) { look(part, part.base->path, part.base->first); }
+            for (const auto& one : part.inputs) { look(part, one.path, one.first); }
+        }
+    }
+
+    /// Without a dtype mergekit merges each tensor in one that holds those of all models.
+    void promote()
+    {
+        if (!request_.dtype.empty()) { return; }
+        std::set<taskvec::dtype> all;
+        for (const auto& path : paths()) {
+            for (const auto& tensor : tensors_of(path)) {
+                if (tensor.quantised) { return; }
+                if (is_float(tensor.dtype)) { all.insert(tensor.dtype); }
+            }
+        }
+        if (all.size() < 2) { return; }
+        struct dtypes {
+            taskvec::dtype own, wanted;
+        };
+        std::map<std::string, dtypes> result; // by the names of the result
+        each_tensor([&](const std::string&, const std::string& name, const stored_tensor& tensor) {
+            if (!is_float(tensor.dtype)) { return; }
+            const auto [place, is_new] = result.try_emplace(name, dtypes{tensor.dtype, tensor.dtype});
+            if (!is_new) { place->second.wanted = promoted(place->second.wanted, tensor.dtype); }
+        });
+        std::set<taskvec::dtype> wanted;
+        const std::pair<const std::string, dtypes>* other = nullptr;
+        for (const auto& one : result) {
+            wanted.insert(one.second.wanted);
+            if (!other && one.second.own != one.second.wanted) { other = &one; }
+        }
+        if (!other) { return; }
+        if (wanted.size() == 1) {
+            std::string word(taskvec::to_string(*wanted.begin()));
+            note(request_.run,
+                "no dtype is given, and models differ in theirs: the result is " + word + ", which holds all of them");
+            std::transform(word.begin(), word.end(), word.begin(),
+                [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+            request_.dtype = word;
+            return;
+        }
+        note(request_.run,
+            taskvec::message("no dtype is given, and models differ in theirs: '", other->first, "' is ",
+                taskvec::to_string(other->second.own), " in the result, ", taskvec::to_string(other->second.wanted),
+                " where mergekit merges; dtype or out_dtype says which"));
+    }
+
+    const std::vector<slice>& slices_;
+    merge_request& request_;
+    std::map<std::string, std::vector<stored_tensor>> tensors_; ///< by path
+};
+
+} // namespace
+
+void look_at_tensors(reading& it)
+{
+    tensors_reader(it).read();
+}
+
+} // namespace tool::configuration
