@@ -131,11 +131,8 @@ public:
         put_base();
         put_models();
         put_parameters();
-        if (!request_.dtype.empty() && request_.dtype != "keep") {
-            out_ << YAML::Key << "out_dtype" << YAML::Value
-                 << (request_.dtype == "f32"           ? "float32"
-                            : request_.dtype == "bf16" ? "bfloat16"
-                                                       : "float16");
+        for (const auto& [theirs, ours] : mergekit_dtypes()) { // none for `keep`
+            if (ours == request_.dtype) { out_ << YAML::Key << "out_dtype" << YAML::Value << theirs; }
         }
         put_own();
         out_ << YAML::EndMap;

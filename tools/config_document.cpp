@@ -15,127 +15,105 @@ namespace tool::configuration {
 
 namespace {
 
-/// One document of a file.
-class reader {
-public:
-    /// `there`: whether the results of stages are.
-    reader(run_settings& given, const YAML::Node& document, const stages& others, bool there)
-        : it_(given, others, there)
-        , where_(it_.where)
-        , document_(document)
-        , slices_(it_.slices)
-        , request_(it_.request())
-    { }
-
-    void read()
-    {
-        const mapping top(where_, document_, "a configuration",
-            {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
-                "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
-        read_method(top);
-        read_models(it_, top);
-        read_dtype(top);
-        const auto own = read_own(top);
-        read_parameters(it_);
-        request_.options.insert(request_.options.end(), own.begin(), own.end());
-        read_tokenizer(it_, top);
-        read_chat_template(it_, top);
-        if (it_.models_are_there()) { look_at_tensors(it_); }
+/// The method of mergekit's of this name, which may be its name here; nullptr where there is none.
+const mergekit_method* method_called(const std::string& name)
+{
+    const auto find = [](const auto& is_it) -> const mergekit_method* {
+        const auto& known = mergekit_methods();
+        const auto place = std::find_if(known.begin(), known.end(), is_it);
+        return place == known.end() ? nullptr : &*place;
+    };
+    if (const auto* const found = find([&](const mergekit_method& one) { return one.theirs == name; })) {
+        return found;
     }
+    auto ours = name;
+    std::replace(ours.begin(), ours.end(), '_', '-');
+    const auto* const entry = method_named(ours);
+    return entry ? find([&](const mergekit_method& one) { return one.ours == entry->name; }) : nullptr;
+}
 
-    /// The other documents whose results this one takes, once it is read: where each is named first.
-    [[nodiscard]] const stages_named& needs() const { return it_.names.needs(); }
-
-private:
-    void read_method(const mapping& top)
-    {
-        const auto one = top.find("merge_method");
-        if (!one) { where_.fail(top.node(), "'merge_method' is missing"); }
-        const auto name = scalar_of(where_, one->value, "merge_method");
+void read_method(reading& it, const mapping& top)
+{
+    const auto one = top.find("merge_method");
+    if (!one) { it.where.fail(top.node(), "'merge_method' is missing"); }
+    const auto name = scalar_of(it.where, one->value, "merge_method");
+    it.at_method = one->value;
+    it.given.at_method = it.where.of(one->value);
+    it.method = method_called(name);
+    if (!it.method) {
         std::vector<std::string> known;
-        for (const auto& method : mergekit_methods()) {
-            known.push_back(method.theirs);
-            if (method.theirs == name) { it_.method = &method; }
-        }
-        it_.at_method = one->value;
-        it_.given.at_method = where_.of(one->value);
-        auto ours = name; // the names of --method do as well
-        std::replace(ours.begin(), ours.end(), '_', '-');
-        if (const auto* entry = method_named(ours); entry && !it_.method) {
-            for (const auto& method : mergekit_methods()) {
-                if (method.ours == entry->name) { it_.method = &method; }
-            }
-        }
-        if (!it_.method) {
-            where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known));
-        }
-        request_.method = it_.method->ours;
+        for (const auto& method : mergekit_methods()) { known.push_back(method.theirs); }
+        it.where.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known));
     }
+    it.request().method = it.method->ours;
+}
 
-    void read_dtype(const mapping& top)
-    {
-        for (const auto* key : {"dtype", "out_dtype"}) {
-            const auto one = top.find(key);
-            if (!one) { continue; }
-            auto word = scalar_of(where_, one->value, key);
-            if (word.starts_with("torch.")) { word.erase(0, std::string_view("torch.").size()); }
-            const bool of_result = std::string_view(key) == "out_dtype";
-            if (word == "float64" && !of_result) {
-                where_.fail(one->value,
-                    "dtype is 'float64', and sums are f64 only where a model is; expected float32, with out_dtype: "
-                    "float64 for a result in it");
-            }
-            const auto dtype = word == "float32" ? "f32"
-                : word == "bfloat16"             ? "bf16"
-                : word == "float16"              ? "f16"
-                : word == "float64"              ? "f64"
-                                                 : "";
-            if (*dtype == '\0') {
-                auto known = std::vector<std::string>{"float32", "bfloat16", "float16"};
-                if (of_result) { known.emplace_back("float64"); }
-                where_.fail(one->value, std::string(key) + " is '" + shown(word) + "'" + meant(word, known));
-            }
-            request_.dtype = dtype;
+void read_dtype(reading& it, const mapping& top)
+{
+    for (const auto* key : {"dtype", "out_dtype"}) {
+        const auto one = top.find(key);
+        if (!one) { continue; }
+        auto word = scalar_of(it.where, one->value, key);
+        if (word.starts_with("torch.")) { word.erase(0, std::string_view("torch.").size()); }
+        const bool of_result = std::string_view(key) == "out_dtype";
+        if (word == "float64" && !of_result) {
+            it.where.fail(one->value,
+                "dtype is 'float64', and sums are f64 only where a model is; expected float32, with out_dtype: "
+                "float64 for a result in it");
+        }
+        std::vector<std::string> known;
+        for (const auto& [theirs, ours] : mergekit_dtypes()) {
+            if (theirs == word) { it.request().dtype = ours; }
+            if (of_result || theirs != "float64") { known.push_back(theirs); }
+        }
+        if (!std::count(known.begin(), known.end(), word)) {
+            it.where.fail(one->value, std::string(key) + " is '" + shown(word) + "'" + meant(word, known));
         }
     }
+}
 
-    /// What stands under `taskvec`: whose definitions to follow, and options that mergekit has no word for.
-    option_values read_own(const mapping& top)
-    {
-        option_values options;
-        std::string semantics = "mergekit";
-        if (const auto one = top.find("taskvec")) {
-            const auto& entries = all_methods();
-            const auto& rows = std::find_if(entries.begin(), entries.end(), [&](const method_entry& entry) {
-                return entry.name == it_.method->ours;
-            })->options;
-            std::vector<std::string> known{"semantics"};
-            for (const auto& row : rows) {
-                if (!row.is_preset && !row.per_task) { known.push_back(row.name); }
-            }
-            const auto entries_of_own = mapping(where_, one->value, "'taskvec'", known).entries();
-            for (const auto& entry : entries_of_own) {
-                const auto word = scalar_of(where_, entry.value, entry.name);
-                if (entry.name != "semantics") {
-                    options.push_back({entry.name, word, where_.of(entry.value) + ": " + entry.name});
-                    continue;
-                }
-                if (word != "mergekit" && word != "paper") {
-                    where_.fail(entry.value, "semantics is '" + shown(word) + "'" + meant(word, {"mergekit", "paper"}));
-                }
-                semantics = word;
-            }
+/// What stands under `taskvec`: whose definitions to follow, and options that mergekit has no word for.
+option_values read_own(reading& it, const mapping& top)
+{
+    option_values options;
+    std::string semantics = "mergekit";
+    if (const auto one = top.find("taskvec")) {
+        std::vector<std::string> known{"semantics"};
+        for (const auto& row : method_named(it.method->ours)->options) {
+            if (!row.is_preset && !row.per_task) { known.push_back(row.name); }
         }
-        if (it_.given.semantics.empty()) { it_.given.semantics = semantics; }
-        return options;
+        const mapping own(it.where, one->value, "'taskvec'", known);
+        for (const auto& entry : own.entries()) {
+            const auto word = scalar_of(it.where, entry.value, entry.name);
+            if (entry.name != "semantics") {
+                options.push_back({entry.name, word, it.where.of(entry.value) + ": " + entry.name});
+                continue;
+            }
+            if (word != "mergekit" && word != "paper") {
+                it.where.fail(entry.value, "semantics is '" + shown(word) + "'" + meant(word, {"mergekit", "paper"}));
+            }
+            semantics = word;
+        }
     }
+    if (it.given.semantics.empty()) { it.given.semantics = semantics; }
+    return options;
+}
 
-    reading it_;
-    const place& where_;
-    YAML::Node document_;
-    std::vector<slice>& slices_;
-    merge_request& request_;
-};
+void read(reading& it, const YAML::Node& document)
+{
+    const mapping top(it.where, document, "a configuration",
+        {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
+            "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
+    read_method(it, top);
+    read_models(it, top);
+    read_dtype(it, top);
+    const auto own = read_own(it, top);
+    read_parameters(it);
+    it.request().options.insert(it.request().options.end(), own.begin(), own.end());
+    read_tokenizer(it, top);
+    read_chat_template(it, top);
+    if (it.models_are_there()) { look_at_tensors(it); }
+}
 
 /// What is wrong with a value, with its place: that of the option that it begins with, or else the method's.
 std::string placed(const run_settings& given, const std::string& what)
@@ -159,10 +137,10 @@ std::string placed(const run_settings& given, const std::string& what)
 stages_named read_document(run_settings& given, const YAML::Node& document, const stages& others, bool there)
 {
     try {
-        reader one(given, document, others, there);
-        one.read();
+        reading one(given, others, there);
+        read(one, document);
         (void)find_method(given.request);
-        return one.needs();
+        return one.names.needs();
     }
     catch (const YAML::Exception& wrong) {
         taskvec::raise<taskvec::invalid_argument>(

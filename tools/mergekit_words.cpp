@@ -1,4 +1,4 @@
-// mergekit's words for methods, one row for each.
+// mergekit's words for methods and dtypes, one row for each.
 // SPDX-License-Identifier: Apache-2.0
 #include "mergekit_words.hpp"
 
@@ -70,6 +70,13 @@ const std::vector<mergekit_method>& mergekit_methods()
             {"passthrough", "passthrough", base::input, {{.name = "scale", .row = "scale", .of = scope::input}}, false,
                 1, 1}};
     }();
+    return list;
+}
+
+const std::vector<mergekit_dtype>& mergekit_dtypes()
+{
+    static const std::vector<mergekit_dtype> list{
+        {"float32", "f32"}, {"bfloat16", "bf16"}, {"float16", "f16"}, {"float64", "f64"}};
     return list;
 }
 

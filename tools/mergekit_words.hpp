@@ -39,4 +39,10 @@ struct mergekit_method {
 /// All that both have.
 [[nodiscard]] const std::vector<mergekit_method>& mergekit_methods();
 
+/// A dtype of a result, as PyTorch calls it, and as --dtype does.
+struct mergekit_dtype {
+    std::string theirs, ours;
+};
+[[nodiscard]] const std::vector<mergekit_dtype>& mergekit_dtypes();
+
 } // namespace tool
