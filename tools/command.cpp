@@ -198,10 +198,7 @@ void command::word(const std::string& flag, std::string& value, const std::vecto
     option->transform(CLI::Validator(
         [words, any_case](std::string& text) {
             std::string list;
-            if (any_case) {
-                std::transform(text.begin(), text.end(), text.begin(),
-                    [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
-            }
+            if (any_case) { text = lower_case(text); }
             for (const auto& word : words) {
                 if (word == text) { return std::string(); }
                 list += (list.empty() ? "" : ", ") + word;

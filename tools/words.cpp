@@ -78,6 +78,13 @@ std::string counted(std::uint64_t count, const std::string& noun)
     return grouped(count) + " " + (noun.ends_with("ry") ? noun.substr(0, noun.size() - 1) + "ies" : noun + "s");
 }
 
+std::string lower_case(std::string text)
+{
+    std::transform(text.begin(), text.end(), text.begin(),
+        [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+    return text;
+}
+
 std::string in_quotes(const std::filesystem::path& path)
 {
     return "'" + path.string() + "'";

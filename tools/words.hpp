@@ -28,6 +28,8 @@ void note(const run_options& options, const std::string& text);
 [[nodiscard]] std::string seconds_text(double seconds);
 /// "1 task", "2 tasks".
 [[nodiscard]] std::string counted(std::uint64_t count, const std::string& noun);
+/// A to Z as a to z, whatever the locale is.
+[[nodiscard]] std::string lower_case(std::string text);
 /// A path as messages name it.
 [[nodiscard]] std::string in_quotes(const std::filesystem::path& path);
 /// Text for terminals and one-line messages: control characters and what is not UTF-8 are written as \\x and two
