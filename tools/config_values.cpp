@@ -3,6 +3,7 @@
 #include "config_values.hpp"
 
 #include "names.hpp"
+#include "words.hpp"
 
 #include <algorithm>
 #include <cctype>
@@ -29,7 +30,7 @@ std::string kind_of(const YAML::Node& node)
 
 std::string meant(const std::string& word, const std::vector<std::string>& known)
 {
-    const auto like = tool::closest_name(word, known);
+    const auto like = closest_name(word, known);
     if (!like.empty()) { return "; did you mean '" + like + "'?"; }
     std::string text;
     for (const auto& name : known) { text += (text.empty() ? "; expected " : ", ") + name; }
@@ -102,36 +103,56 @@ std::string scalar_of(const place& where, const YAML::Node& node, const std::str
     return node.Scalar();
 }
 
-std::optional<double> parse_number(const YAML::Node& node)
+namespace {
+
+/// Without each `_` that stands between digits.
+std::string without_separators(const std::string& given)
 {
-    std::string text;
-    const auto& given = node.Scalar();
     const auto is_digit = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; };
+    std::string text;
     for (std::size_t i = 0; i < given.size(); ++i) {
         const bool between =
             given[i] == '_' && i > 0 && i + 1 < given.size() && is_digit(given[i - 1]) && is_digit(given[i + 1]);
         if (!between) { text += given[i]; }
     }
-    const bool negative = text.starts_with('-');
+    return text;
+}
+
+/// All of a text as a number; `how`: std::from_chars' base, where it has one.
+template <class Number, class... Base>
+std::optional<Number> whole_text(std::string_view text, Base... how)
+{
+    Number value{};
+    const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value, how...);
+    if (failure != std::errc{} || end != text.data() + text.size()) { return std::nullopt; }
+    return value;
+}
+
+/// Digits that begin with 0 and are not decimal: 0x10, 0b11 and 010. Nothing for others.
+std::optional<int> base_of(std::string_view digits)
+{
+    if (digits.size() < 2 || digits[0] != '0') { return std::nullopt; }
+    if (digits[1] == 'x') { return 16; }
+    if (digits[1] == 'b') { return 2; }
+    return digits.find_first_not_of("01234567") == digits.npos ? std::optional(8) : std::nullopt;
+}
+
+} // namespace
+
+std::optional<double> parse_number(const YAML::Node& node)
+{
+    const auto text = without_separators(node.Scalar());
+    const double sign = text.starts_with('-') ? -1.0 : 1.0;
     std::string_view digits = text;
-    if (negative || text.starts_with('+')) { digits.remove_prefix(1); }
+    if (text.starts_with('-') || text.starts_with('+')) { digits.remove_prefix(1); }
     if (digits.empty() || digits[0] == '-' || digits[0] == '+') { return std::nullopt; }
     const bool plain = node.Tag() != "!"; // that of quotes
-    const int base = digits.starts_with("0x") ? 16 : digits.starts_with("0b") ? 2 : 8;
-    if (plain && digits.size() > 1 && digits[0] == '0'
-        && (base != 8 || digits.find_first_not_of("01234567") == digits.npos)) {
-        if (base != 8) { digits.remove_prefix(2); }
-        std::uint64_t whole = 0;
-        const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), whole, base);
-        if (failure != std::errc{} || end != digits.data() + digits.size()) { return std::nullopt; }
-        return (negative ? -1.0 : 1.0) * static_cast<double>(whole);
+    if (const auto base = plain ? base_of(digits) : std::nullopt) {
+        const auto whole = whole_text<std::uint64_t>(digits.substr(*base == 8 ? 0 : 2), *base);
+        return whole ? std::optional(sign * static_cast<double>(*whole)) : std::nullopt;
     }
-    double value = 0;
-    const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
-    if (failure != std::errc{} || end != digits.data() + digits.size() || !std::isfinite(value)) {
-        return std::nullopt;
-    }
-    return negative ? -value : value;
+    const auto value = whole_text<double>(digits);
+    return value && std::isfinite(*value) ? std::optional(sign * *value) : std::nullopt;
 }
 
 double number_of(const place& where, const YAML::Node& node, const std::string& what)
@@ -144,9 +165,7 @@ double number_of(const place& where, const YAML::Node& node, const std::string& 
 
 std::optional<bool> parse_truth(const YAML::Node& node)
 {
-    auto text = node.Scalar();
-    std::transform(text.begin(), text.end(), text.begin(),
-        [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+    const auto text = lower_case(node.Scalar());
     for (const auto* word : {"true", "yes", "on"}) {
         if (text == word) { return true; }
     }
@@ -164,46 +183,57 @@ bool truth_of(const place& where, const YAML::Node& node, const std::string& wha
     where.fail(node, what + " is '" + shown(text) + "'; expected true or false");
 }
 
+namespace {
+
+/// A value beside the filter of the tensors that it is for.
+setting setting_of(const place& where, const YAML::Node& node, const std::string& name)
+{
+    const mapping part(where, node, "a value of '" + name + "'", {"filter", "value"});
+    const auto value = part.find("value");
+    if (!value) { where.fail(node, "'" + name + "': a filter without a 'value'"); }
+    setting made{"", value->value};
+    if (const auto filter = part.find("filter")) {
+        made.filter = scalar_of(where, filter->value, "the filter");
+        if (made.filter == "*") { made.filter.clear(); }
+    }
+    return made;
+}
+
+/// Refuses what is neither a scalar nor a list of them.
+void check_value(const place& where, const YAML::Node& value, const std::string& name)
+{
+    if (value.IsScalar()) { return; }
+    if (!value.IsSequence() || value.size() == 0) {
+        where.fail(value,
+            "'" + name + "' is " + (value.IsSequence() ? "an empty list" : kind_of(value))
+                + "; expected a value, a list of numbers over the layers, or a list of filters with values");
+    }
+    constexpr std::size_t most = 1000;
+    if (value.size() > most) {
+        where.fail(value,
+            taskvec::message(
+                "'", name, "' is a list of ", value.size(), " numbers over the layers; expected at most ", most));
+    }
+    for (const auto& number : value) {
+        if (!number.IsScalar()) {
+            where.fail(number, "'" + name + "' has " + kind_of(number) + " in a list of numbers");
+        }
+    }
+}
+
+} // namespace
+
 std::vector<setting> settings_of(const place& where, const YAML::Node& node, const std::string& name)
 {
     std::vector<setting> result;
-    const auto add = [&](const YAML::Node& one) {
-        const mapping part(where, one, "a value of '" + name + "'", {"filter", "value"});
-        const auto value = part.find("value");
-        if (!value) { where.fail(one, "'" + name + "': a filter without a 'value'"); }
-        setting made{"", value->value};
-        if (const auto filter = part.find("filter")) {
-            made.filter = scalar_of(where, filter->value, "the filter");
-            if (made.filter == "*") { made.filter.clear(); }
-        }
-        result.push_back(std::move(made));
-    };
-    if (node.IsMap()) { add(node); }
+    if (node.IsMap()) { result.push_back(setting_of(where, node, name)); }
     else if (node.IsSequence() && node.size() > 0 && node[0].IsMap()) {
-        for (const auto& one : node) { add(one); }
+        for (const auto& one : node) { result.push_back(setting_of(where, one, name)); }
     }
     else {
         result.push_back({"", node});
     }
-    for (const auto& one : result) {
-        if (one.value.IsScalar()) { continue; }
-        if (!one.value.IsSequence() || one.value.size() == 0) {
-            where.fail(one.value,
-                "'" + name + "' is " + (one.value.IsSequence() ? "an empty list" : kind_of(one.value))
-                    + "; expected a value, a list of numbers over the layers, or a list of filters with values");
-        }
-        constexpr std::size_t most = 1000;
-        if (one.value.size() > most) {
-            where.fail(one.value,
-                taskvec::message("'", name, "' is a list of ", one.value.size(),
-                    " numbers over the layers; expected at most ", most));
-        }
-        for (const auto& number : one.value) {
-            if (!number.IsScalar()) {
-                where.fail(number, "'" + name + "' has " + kind_of(number) + " in a list of numbers");
-            }
-        }
-    }
+    for (const auto& one : result) { check_value(where, one.value, name); }
     return result;
 }
 
