@@ -6,10 +6,11 @@
 #include "words.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace tool::configuration {
@@ -52,6 +53,18 @@ bool is_float(taskvec::dtype type)
 {
     using dtype = taskvec::dtype;
     return type == dtype::f64 || type == dtype::f32 || type == dtype::f16 || type == dtype::bf16;
+}
+
+/// What a tensor of a model is called in the result, which has the model's layers from `first` on in this slice;
+/// nothing where it is not there.
+std::optional<std::string> name_in_result(const slice& part, const std::string& name, std::size_t first)
+{
+    if (!part.part) { return name; }
+    const auto& its = *part.part;
+    const auto layer = layer_of(name);
+    if (!layer) { return its.holds(name) ? std::optional(name) : std::nullopt; }
+    if (layer->second < first || layer->second - first >= its.last - its.first) { return std::nullopt; }
+    return in_layer(name, *layer, layer->second - first + its.first);
 }
 
 class tensors_reader {
@@ -104,6 +117,22 @@ private:
         return all;
     }
 
+    /// Calls `f` with the path of each model, and each of its tensors that is in the result, under the name there.
+    template <class Function>
+    void each_tensor(const Function& f)
+    {
+        const auto look = [&](const slice& part, const std::string& path, std::size_t first) {
+            for (const auto& tensor : tensors_of(path)) {
+                if (const auto name = name_in_result(part, tensor.name, first)) { f(path, *name, tensor); }
+            }
+        };
+        for (const auto& part : slices_) {
+            if (!part.part && !request_.base.empty()) { look(part, request_.base, 0); }
+            if (part.base) { look(part, part.base->path, part.base->first); }
+            for (const auto& one : part.inputs) { look(part, one.path, one.first); }
+        }
+    }
+
     /// Buffers that one model has and another lacks take no part.
     void leave_buffers_out()
     {
@@ -131,67 +160,50 @@ private:
         }
     }
 
-    /// Calls `f` with the path of each model, and each of its tensors that is in the result, under the name there.
-    template <class Function>
-    void each_tensor(const Function& f)
+    /// Whether numbers of the models have several dtypes. Not where layers are quantised.
+    [[nodiscard]] bool dtypes_differ()
     {
-        const auto look = [&](const slice& part, const std::string& path, std::size_t first) {
-            for (const auto& tensor : tensors_of(path)) {
-                auto name = tensor.name;
-                if (part.part) {
-                    const auto layer = layer_of(name);
-                    const auto& its = *part.part;
-                    if (layer ? layer->second < first || layer->second - first >= its.last - its.first
-                              : !its.holds(name)) {
-                        continue;
-                    }
-                    if (layer) { name = in_layer(name, *layer, layer->second - first + its.first); }
-                }
-                f(path, name, tensor);
-            }
-        };
-        for (const auto& part : slices_) {
-            if (!part.part && !request_.base.empty()) { look(part, request_.base, 0); }
-            if (part.base) { look(part, part.base->path, part.base->first); }
-            for (const auto& one : part.inputs) { look(part, one.path, one.first); }
-        }
-    }
-
-    /// Without a dtype mergekit merges each tensor in one that holds those of all models.
-    void promote()
-    {
-        if (!request_.dtype.empty()) { return; }
         std::set<taskvec::dtype> all;
         for (const auto& path : paths()) {
             for (const auto& tensor : tensors_of(path)) {
-                if (tensor.quantised) { return; }
+                if (tensor.quantised) { return false; }
                 if (is_float(tensor.dtype)) { all.insert(tensor.dtype); }
             }
         }
-        if (all.size() < 2) { return; }
-        struct dtypes {
-            taskvec::dtype own, wanted;
-        };
-        std::map<std::string, dtypes> result; // by the names of the result
+        return all.size() > 1;
+    }
+
+    /// The dtype that a tensor has in the first model that has it, and the one that holds those of all.
+    struct dtypes {
+        taskvec::dtype own, wanted;
+    };
+    /// Of tensors of numbers, by their names in the result.
+    [[nodiscard]] std::map<std::string, dtypes> dtypes_of_result()
+    {
+        std::map<std::string, dtypes> result;
         each_tensor([&](const std::string&, const std::string& name, const stored_tensor& tensor) {
             if (!is_float(tensor.dtype)) { return; }
             const auto [place, is_new] = result.try_emplace(name, dtypes{tensor.dtype, tensor.dtype});
             if (!is_new) { place->second.wanted = promoted(place->second.wanted, tensor.dtype); }
         });
+        return result;
+    }
+
+    /// Without a dtype mergekit merges each tensor in one that holds those of all models.
+    void promote()
+    {
+        if (!request_.dtype.empty() || !dtypes_differ()) { return; }
+        const auto result = dtypes_of_result();
+        const auto other = std::find_if(
+            result.begin(), result.end(), [](const auto& one) { return one.second.own != one.second.wanted; });
+        if (other == result.end()) { return; }
         std::set<taskvec::dtype> wanted;
-        const std::pair<const std::string, dtypes>* other = nullptr;
-        for (const auto& one : result) {
-            wanted.insert(one.second.wanted);
-            if (!other && one.second.own != one.second.wanted) { other = &one; }
-        }
-        if (!other) { return; }
+        for (const auto& one : result) { wanted.insert(one.second.wanted); }
         if (wanted.size() == 1) {
-            std::string word(taskvec::to_string(*wanted.begin()));
+            const std::string word(taskvec::to_string(*wanted.begin()));
             note(request_.run,
                 "no dtype is given, and models differ in theirs: the result is " + word + ", which holds all of them");
-            std::transform(word.begin(), word.end(), word.begin(),
-                [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
-            request_.dtype = word;
+            request_.dtype = lower_case(word);
             return;
         }
         note(request_.run,
