@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <iterator>
 #include <map>
 #include <set>
@@ -15,6 +14,8 @@
 namespace tool::configuration {
 
 namespace {
+
+using base_kind = mergekit_method::base;
 
 class models_reader {
 public:
@@ -54,24 +55,28 @@ private:
 
     void read_models(const mapping& top, std::optional<mapping::entry>& base)
     {
-        if (const auto modules = top.find("modules")) {
-            const mapping all(where_, modules->value, "'modules'");
-            if (all.entries().size() != 1 || top.find("models") || top.find("slices")) {
-                where_.fail(modules->key,
-                    all.entries().empty() ? "'modules' is empty; expected one, or 'models' instead"
-                        : all.entries().size() == 1
-                        ? "'modules' is given beside 'models' or 'slices'; expected one of them"
-                        : "'modules' has several of them, and one is supported: give "
-                          "'models' for all tensors, with filters where modules differ");
-            }
-            const mapping one(where_, all.entries().front().value, "a module", {"models", "slices", "parameters"});
-            read_parts(one, base);
-            if (const auto given = top.find("parameters")) {
-                for (auto& part : slices_) { part.parameters.push_back(given->value); }
-            }
+        const auto modules = top.find("modules");
+        if (!modules) {
+            read_parts(top, base);
             return;
         }
-        read_parts(top, base);
+        read_parts(only_module(top, *modules), base);
+        if (const auto given = top.find("parameters")) {
+            for (auto& part : slices_) { part.parameters.push_back(given->value); }
+        }
+    }
+
+    [[nodiscard]] mapping only_module(const mapping& top, const mapping::entry& modules) const
+    {
+        const mapping all(where_, modules.value, "'modules'");
+        if (all.entries().size() != 1 || top.find("models") || top.find("slices")) {
+            where_.fail(modules.key,
+                all.entries().empty()           ? "'modules' is empty; expected one, or 'models' instead"
+                    : all.entries().size() == 1 ? "'modules' is given beside 'models' or 'slices'; expected one of them"
+                                                : "'modules' has several of them, and one is supported: give "
+                                                  "'models' for all tensors, with filters where modules differ");
+        }
+        return {where_, all.entries().front().value, "a module", {"models", "slices", "parameters"}};
     }
 
     /// What a configuration, or its only module, says of models.
@@ -82,12 +87,11 @@ private:
             where_.fail(slices->key, "'models' and 'slices' are both given; expected one of them");
         }
         if (!models && !slices) { where_.fail(top.node(), "'models' is missing (or 'slices')"); }
-        YAML::Node list(models ? models->value : slices->value);
+        const auto& [word, key, list] = models ? *models : *slices;
         if (!list.IsSequence() || list.size() == 0) {
             where_.fail(list,
-                std::string(models ? "'models' is " : "'slices' is ")
-                    + (list.IsSequence() ? "an empty list" : kind_of(list))
-                    + (models ? "; expected a list of models" : "; expected a list of slices"));
+                "'" + word + "' is " + (list.IsSequence() ? "an empty list" : kind_of(list)) + "; expected a list of "
+                    + word);
         }
         if (slices) { read_slices(list, base); }
         else {
@@ -111,7 +115,7 @@ private:
         for (const auto& node : list) {
             inputs.push_back(read_input(node, layers));
             for (std::size_t i = 0; i + 1 < inputs.size(); ++i) {
-                if (inputs[i].path == inputs.back().path && inputs[i].adapter == inputs.back().adapter) {
+                if (inputs[i].is_model_of(inputs.back())) {
                     where_.fail(inputs.back().at, "'" + inputs.back().name + "' stands twice among the models");
                 }
             }
@@ -122,52 +126,57 @@ private:
     {
         constexpr std::size_t most = 10000;
         if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " slices")); }
-        bool whole = list.size() == 1;
         std::size_t begin = 0;
-        std::optional<mapping::entry> own_base;
         for (const auto& node : list) {
-            const auto& part =
-                slices_read_.at(where_, node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
-            if (const auto one = part.find("residual_weight")) {
-                where_.fail(one->key, "'residual_weight' is not supported");
-            }
-            slice made;
-            if (const auto given = part.find("parameters")) { made.parameters.push_back(given->value); }
-            const auto sources = part.find("sources");
-            if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
-                where_.fail(node, "a slice without a list of 'sources'");
-            }
-            read_inputs(sources->value, made, true);
-            for (auto& one : made.inputs) {
-                whole = read_layers(one) && whole;
-                const auto wanted = made.inputs.front().last - made.inputs.front().first;
-                if (one.last - one.first != wanted) {
-                    where_.fail(*one.layers,
-                        taskvec::message("'", one.name, "' gives ", counted(one.last - one.first, "layer"), " and '",
-                            made.inputs.front().name, "' ", wanted, "; expected as many of each source of a slice"));
-                }
-            }
-            if (const auto own = part.find("base_model")) {
-                own_base.emplace(*own);
-                made.base = it_.names.find(own->value);
-            }
-            else if (base) {
-                made.base = it_.names.find(base->value);
-            }
-            const auto end = begin + made.inputs.front().last - made.inputs.front().first;
+            auto made = read_slice(node, base);
+            const auto end = begin + made.inputs.front().count();
             made.part = {begin, end, slices_.empty(), slices_.size() + 1 == list.size()};
             begin = end;
             slices_.push_back(std::move(made));
         }
         if (begin == 0) { where_.fail(list, "all of the slices are empty: the result would have no layer"); }
+        const auto& inputs = slices_.front().inputs;
+        const bool whole = slices_.size() == 1 && std::all_of(inputs.begin(), inputs.end(), [&](const input& one) {
+            return one.first == 0 && one.last == layers_.at(one.path);
+        });
         if (whole) { // it is as if it were no slice
             slices_.front().part.reset();
-            if (own_base) { base.emplace(*own_base); }
+            if (const auto own = slice_at(list[0]).find("base_model")) { base.emplace(*own); }
         }
     }
 
-    /// The layers of a source; whether they are all that its model has.
-    bool read_layers(input& one)
+    const mapping& slice_at(const YAML::Node& node)
+    {
+        return slices_read_.at(where_, node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
+    }
+
+    slice read_slice(const YAML::Node& node, const std::optional<mapping::entry>& base)
+    {
+        const auto& part = slice_at(node);
+        if (const auto one = part.find("residual_weight")) {
+            where_.fail(one->key, "'residual_weight' is not supported");
+        }
+        slice made;
+        if (const auto given = part.find("parameters")) { made.parameters.push_back(given->value); }
+        const auto sources = part.find("sources");
+        if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
+            where_.fail(node, "a slice without a list of 'sources'");
+        }
+        read_inputs(sources->value, made, true);
+        const auto& first = made.inputs.front();
+        for (auto& one : made.inputs) {
+            read_layers(one);
+            if (one.count() == first.count()) { continue; }
+            where_.fail(*one.layers,
+                taskvec::message("'", one.name, "' gives ", counted(one.count(), "layer"), " and '", first.name, "' ",
+                    first.count(), "; expected as many of each source of a slice"));
+        }
+        const auto own = part.find("base_model");
+        if (own || base) { made.base.emplace(it_.names.find((own ? own : base)->value)); }
+        return made;
+    }
+
+    void read_layers(input& one)
     {
         const auto& node = *one.layers;
         if (!one.adapter.empty()) {
@@ -178,37 +187,42 @@ private:
             where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
         }
         const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
-        auto place = layers_.find(one.path);
-        if (!it_.others_are_there && it_.others.contains(one.name)) { // its layers are counted when it is
-            place = layers_.try_emplace(one.path, 0).first;
-            place->second = std::max(place->second, static_cast<std::size_t>(std::clamp(last, 0.0, 1e9)));
-        }
-        if (place == layers_.end()) {
-            try {
-                const auto model = open_guarded(one.path);
-                place = layers_.emplace(one.path, count_layers(model.model(), "'" + one.name + "'")).first;
-            }
-            catch (const taskvec::invalid_argument& wrong) {
-                where_.fail(one.at, wrong.what(), wrong.code());
-            }
-        }
-        const auto count = static_cast<double>(place->second);
-        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first > last || last > count) {
+        const auto count = layers_of(one, last);
+        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first > last
+            || last > static_cast<double>(count)) {
             where_.fail(node,
-                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ",
-                    place->second, "]; expected a part of them, the end not included"));
+                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ", count,
+                    "]; expected a part of them, the end not included"));
         }
         one.first = static_cast<std::size_t>(first);
         one.last = static_cast<std::size_t>(last);
-        return one.first == 0 && one.last == place->second;
     }
 
-    /// The `parameters` of a model that only stands there.
-    [[nodiscard]] static YAML::Node without_weight()
+    /// How many layers a model has. A result that is not there yet has those up to `last`: they are counted when it is.
+    std::size_t layers_of(const input& one, double last)
     {
-        YAML::Node made;
-        made["weight"] = 0;
-        return made;
+        if (!it_.others_are_there && it_.others.contains(one.name)) {
+            auto& count = layers_[one.path];
+            count = std::max(count, static_cast<std::size_t>(std::clamp(last, 0.0, 1e9)));
+            return count;
+        }
+        if (const auto place = layers_.find(one.path); place != layers_.end()) { return place->second; }
+        try {
+            const auto model = open_guarded(one.path);
+            return layers_.emplace(one.path, count_layers(model.model(), "'" + one.name + "'")).first->second;
+        }
+        catch (const taskvec::invalid_argument& wrong) {
+            where_.fail(one.at, wrong.what(), wrong.code());
+        }
+    }
+
+    /// Makes it a model that only stands there.
+    static void take_weight_of(input& one)
+    {
+        YAML::Node none;
+        none["weight"] = 0;
+        one.parameters.reset();
+        one.parameters.emplace(none);
     }
 
     /// Where slices are means of different numbers of models, further ones have no weight: models of other slices, as
@@ -226,7 +240,7 @@ private:
         }
         for (auto& part : slices_) {
             if (part.inputs.empty()) { continue; }
-            const auto count = part.inputs.front().last - part.inputs.front().first;
+            const auto count = part.inputs.front().count();
             while (part.inputs.size() < most) {
                 const auto other = std::find_if(all.begin(), all.end(), [&](const input& one) {
                     const auto same = [&](const input& its) { return its.path == one.path; };
@@ -237,8 +251,7 @@ private:
                     further.first = 0;
                     further.last = count;
                 }
-                further.parameters.reset();
-                further.parameters.emplace(without_weight());
+                take_weight_of(further);
                 part.inputs.push_back(std::move(further));
             }
         }
@@ -250,7 +263,7 @@ private:
         for (const auto& part : slices_) {
             const auto count = part.inputs.size();
             if (count >= method_.fewest && count <= method_.most) { continue; }
-            const std::string beside = method_.takes == mergekit_method::base::required ? " beside the base" : "";
+            const std::string beside = method_.takes == base_kind::required ? " beside the base" : "";
             const auto wanted = method_.most == method_.fewest ? counted(method_.fewest, "model") + beside
                 : count < method_.fewest                       ? counted(method_.fewest, "model") + beside + " or more"
                                                                : counted(method_.most, "model") + beside + " at most";
@@ -260,37 +273,39 @@ private:
         }
     }
 
-    /// The bases of slices stand among their sources.
-    void set_bases_of_slices(const std::optional<mapping::entry>& given)
+    /// What has no base is refused where the method needs one.
+    void lacks_base() const
     {
-        using base = mergekit_method::base;
-        for (auto& one : slices_) {
-            auto& inputs = one.inputs;
-            if (method_.takes == base::input) {
-                one.base.reset();
-                continue;
-            }
-            if (!one.base) {
-                if (method_.takes == base::required) {
-                    where_.fail(it_.at_method, "merge_method '" + method_.theirs + "' needs a 'base_model'");
-                }
-                continue;
-            }
-            const auto place = std::find_if(
-                inputs.begin(), inputs.end(), [&](const input& its) { return its.path == one.base->path; });
-            if (place == inputs.end()) {
-                where_.fail(inputs.front().at,
-                    "the base '" + one.base->name + "' is not among the sources of the slice: add it, with its layers");
-            }
-            one.base->first = place->first;
-            one.base->last = place->last;
-            std::vector<input> others;
-            for (auto& its : inputs) {
-                if (&its != &*place) { others.push_back(std::move(its)); }
-            }
-            inputs.swap(others);
+        if (method_.takes != base_kind::required) { return; }
+        where_.fail(it_.at_method, "merge_method '" + method_.theirs + "' needs a 'base_model'");
+    }
+
+    /// The base of a slice stands among its sources, which say its layers.
+    void take_base_out(slice& one) const
+    {
+        auto& inputs = one.inputs;
+        if (method_.takes == base_kind::input) { one.base.reset(); }
+        else if (!one.base) {
+            lacks_base();
         }
-        if (method_.ours == "average") { even_out(); }
+        if (!one.base) { return; }
+        const auto place =
+            std::find_if(inputs.begin(), inputs.end(), [&](const input& its) { return its.path == one.base->path; });
+        if (place == inputs.end()) {
+            where_.fail(inputs.front().at,
+                "the base '" + one.base->name + "' is not among the sources of the slice: add it, with its layers");
+        }
+        one.base->first = place->first;
+        one.base->last = place->last;
+        std::vector<input> others;
+        for (auto& its : inputs) {
+            if (&its != &*place) { others.push_back(std::move(its)); }
+        }
+        inputs.swap(others);
+    }
+
+    void check_slices_are_alike() const
+    {
         const auto& first = slices_.front();
         for (const auto& one : slices_) {
             if (one.inputs.empty()) { where_.fail(it_.at_method, "a slice has no model beside the base"); }
@@ -300,9 +315,17 @@ private:
                         first.inputs.size(), "; expected as many in every slice, but for merge_method 'linear'"));
             }
         }
-        if (first.base) { request_.base = first.base->path; }
+    }
+
+    void set_bases_of_slices(const std::optional<mapping::entry>& given)
+    {
+        for (auto& one : slices_) { take_base_out(one); }
+        if (method_.ours == "average") { even_out(); }
+        check_slices_are_alike();
         for (const auto& one : slices_) {
-            if (one.base) { append_layers(request_.views[""], one.base->path, one.base->first, one.base->last); }
+            if (!one.base) { continue; }
+            if (&one == &slices_.front()) { request_.base = one.base->path; }
+            append_layers(request_.views[""], one.base->path, one.base->first, one.base->last);
         }
         std::error_code ignored;
         if (given && request_.copies.from.empty()) { // configuration and tokenizer are the base's
@@ -312,41 +335,37 @@ private:
         }
     }
 
-    void set_base(const std::optional<mapping::entry>& given)
+    /// Where models are whole, the base is taken out of them, or merged as well.
+    void set_base_of_all(const input& base)
     {
-        using base = mergekit_method::base;
-        if (it_.sliced()) {
-            set_bases_of_slices(given);
-            check_count();
+        auto& inputs = slices_.front().inputs;
+        std::vector<input> others;
+        std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others),
+            [&](const input& one) { return !one.is_model_of(base); });
+        if (method_.takes == base_kind::input) {
+            if (others.size() == inputs.size()) { inputs.push_back(base); }
             return;
         }
-        auto& inputs = slices_.front().inputs;
-        if (!given) {
-            if (method_.takes == base::required) {
-                where_.fail(it_.at_method, "merge_method '" + method_.theirs + "' needs a 'base_model'");
-            }
+        const bool weighted = !method_.parameters.empty() && method_.parameters.front().name == "weight";
+        if (others.empty() && method_.takes == base_kind::required && weighted) { // no task vector: the base itself
+            others.push_back(inputs.front());
+            take_weight_of(others.front());
         }
+        request_.base = base.path;
+        request_.base_adapter = base.adapter;
+        inputs.swap(others);
+    }
+
+    void set_base(const std::optional<mapping::entry>& given)
+    {
+        if (it_.sliced()) { set_bases_of_slices(given); }
         else {
-            auto found = it_.names.find(given->value);
-            const auto same = [&](const input& one) { return one.path == found.path && one.adapter == found.adapter; };
-            std::vector<input> others;
-            std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
-            const bool weighted = !method_.parameters.empty() && method_.parameters.front().name == "weight";
-            if (others.empty() && method_.takes == base::required && weighted) { // no task vector: the base itself
-                others.push_back(inputs.front());
-                others.front().parameters.reset();
-                others.front().parameters.emplace(without_weight());
+            if (given) { set_base_of_all(it_.names.find(given->value)); }
+            else {
+                lacks_base();
             }
-            if (method_.takes != base::input) {
-                request_.base = found.path;
-                request_.base_adapter = found.adapter;
-                inputs.swap(others);
-            }
-            else if (others.size() == inputs.size()) {
-                inputs.push_back(std::move(found));
-            }
+            if (slices_.front().inputs.empty()) { where_.fail(it_.at_method, "no model is left beside the base"); }
         }
-        if (inputs.empty()) { where_.fail(it_.at_method, "no model is left beside the base"); }
         check_count();
     }
 

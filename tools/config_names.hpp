@@ -23,6 +23,9 @@ struct input {
     YAML::Node at; ///< its name
     std::optional<YAML::Node> parameters{}, layers{};
     std::size_t first = 0, last = 0; ///< its layers, in a slice of several
+
+    [[nodiscard]] std::size_t count() const { return last - first; } ///< of layers
+    [[nodiscard]] bool is_model_of(const input& other) const { return path == other.path && adapter == other.adapter; }
 };
 /// What names of models mean: what is there under the name, the result of another document, or the Hub's copy on this
 /// machine; by itself or with an adapter on it.
