@@ -237,6 +237,14 @@ std::vector<setting> settings_of(const place& where, const YAML::Node& node, con
     return result;
 }
 
+std::vector<YAML::Node> scalars_of(const YAML::Node& value)
+{
+    if (value.IsScalar()) { return {value}; }
+    std::vector<YAML::Node> all;
+    for (const auto& one : value) { all.push_back(one); }
+    return all;
+}
+
 std::string escaped(const std::string& text)
 {
     std::string pattern;

@@ -104,6 +104,8 @@ struct setting {
 };
 /// The values of a parameter; the first that matches a tensor counts.
 [[nodiscard]] std::vector<setting> settings_of(const place& where, const YAML::Node& node, const std::string& name);
+/// The value, or all of the list.
+[[nodiscard]] std::vector<YAML::Node> scalars_of(const YAML::Node& value);
 /// The pattern of a filter: what occurs where the text does.
 [[nodiscard]] std::string escaped(const std::string& text);
 
