@@ -383,6 +383,21 @@ private:
 
 } // namespace
 
+std::vector<std::string> reading::paths() const
+{
+    std::vector<std::string> all;
+    std::set<std::string> seen{""};
+    const auto add = [&](const std::string& path) {
+        if (seen.insert(path).second) { all.push_back(path); }
+    };
+    add(request().base);
+    for (const auto& part : slices) {
+        if (part.base) { add(part.base->path); }
+        for (const auto& one : part.inputs) { add(one.path); }
+    }
+    return all;
+}
+
 void read_models(reading& it, const mapping& top)
 {
     models_reader(it).read(top);

@@ -7,6 +7,7 @@
 #include "run_config.hpp"
 
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace tool::configuration {
@@ -47,6 +48,8 @@ struct reading {
     [[nodiscard]] bool sliced() const { return slices.front().part.has_value(); }
     /// Whether files of models can be looked at: those of other documents' results come later.
     [[nodiscard]] bool models_are_there() const { return others_are_there || others.empty(); }
+    /// The paths of all models, each once, the base first.
+    [[nodiscard]] std::vector<std::string> paths() const;
 };
 
 /// Reads `models`, `slices` or `modules`, and `base_model`. The method is known.

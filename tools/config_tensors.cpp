@@ -71,6 +71,7 @@ class tensors_reader {
 public:
     explicit tensors_reader(reading& it)
         : slices_(it.slices)
+        , paths_(it.paths())
         , request_(it.request())
     { }
 
@@ -101,22 +102,6 @@ private:
         return list;
     }
 
-    /// The paths of all models, each once, the base first.
-    [[nodiscard]] std::vector<std::string> paths() const
-    {
-        std::vector<std::string> all;
-        std::set<std::string> seen{""};
-        const auto add = [&](const std::string& path) {
-            if (seen.insert(path).second) { all.push_back(path); }
-        };
-        add(request_.base);
-        for (const auto& part : slices_) {
-            if (part.base) { add(part.base->path); }
-            for (const auto& one : part.inputs) { add(one.path); }
-        }
-        return all;
-    }
-
     /// Calls `f` with the path of each model, and each of its tensors that is in the result, under the name there.
     template <class Function>
     void each_tensor(const Function& f)
@@ -136,13 +121,12 @@ private:
     /// Buffers that one model has and another lacks take no part.
     void leave_buffers_out()
     {
-        const auto models = paths();
         const auto has_some = [&](const std::string& path) {
             const auto& list = tensors_of(path);
             return std::any_of(
                 list.begin(), list.end(), [](const stored_tensor& one) { return !buffer_pattern(one).empty(); });
         };
-        if (std::none_of(models.begin(), models.end(), has_some)) { return; }
+        if (std::none_of(paths_.begin(), paths_.end(), has_some)) { return; }
         struct kind_of_buffer {
             std::string first;
             std::set<std::string> models{};
@@ -153,7 +137,7 @@ private:
             if (!kind.empty()) { found.try_emplace(kind, kind_of_buffer{name}).first->second.models.insert(path); }
         });
         for (const auto& [kind, what] : found) {
-            if (what.models.size() == models.size()) { continue; }
+            if (what.models.size() == paths_.size()) { continue; }
             request_.exclude.push_back(kind);
             note(request_.run,
                 "'" + what.first + "' and its like are not in every model and are no weights: they take no part");
@@ -164,7 +148,7 @@ private:
     [[nodiscard]] bool dtypes_differ()
     {
         std::set<taskvec::dtype> all;
-        for (const auto& path : paths()) {
+        for (const auto& path : paths_) {
             for (const auto& tensor : tensors_of(path)) {
                 if (tensor.quantised) { return false; }
                 if (is_float(tensor.dtype)) { all.insert(tensor.dtype); }
@@ -213,6 +197,7 @@ private:
     }
 
     const std::vector<slice>& slices_;
+    const std::vector<std::string> paths_;
     merge_request& request_;
     std::map<std::string, std::vector<stored_tensor>> tensors_; ///< by path
 };

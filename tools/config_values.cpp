@@ -9,7 +9,6 @@
 #include <cctype>
 #include <charconv>
 #include <cmath>
-#include <cstdint>
 #include <string_view>
 #include <system_error>
 
@@ -161,6 +160,16 @@ double number_of(const place& where, const YAML::Node& node, const std::string& 
     const auto value = parse_number(node);
     if (!value) { where.fail(node, what + " is '" + shown(text) + "'; expected a number"); }
     return *value;
+}
+
+std::uint64_t whole_of(const place& where, const YAML::Node& node, const std::string& what, std::uint64_t most)
+{
+    const auto number = number_of(where, node, what);
+    if (!(number >= 0 && number <= static_cast<double>(most) && std::floor(number) == number)) {
+        where.fail(
+            node, taskvec::message(what, " is ", shown(node.Scalar()), "; expected a whole number, at most ", most));
+    }
+    return static_cast<std::uint64_t>(number);
 }
 
 std::optional<bool> parse_truth(const YAML::Node& node)

@@ -7,6 +7,7 @@
 #include <yaml-cpp/yaml.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <set>
@@ -92,6 +93,9 @@ private:
 /// it; `_` between digits. Nothing for other texts.
 [[nodiscard]] std::optional<double> parse_number(const YAML::Node& node);
 [[nodiscard]] double number_of(const place& where, const YAML::Node& node, const std::string& what);
+/// A whole number from 0 to `most`.
+[[nodiscard]] std::uint64_t whole_of(
+    const place& where, const YAML::Node& node, const std::string& what, std::uint64_t most);
 /// A truth as YAML 1.1 has it. Nothing for other texts.
 [[nodiscard]] std::optional<bool> parse_truth(const YAML::Node& node);
 /// A truth, or a number, which is one unless it is 0.
