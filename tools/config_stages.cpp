@@ -194,7 +194,7 @@ public:
             auto stage = given_;
             stage.request.unstored = unstored_;
             (void)read_document(stage, documents_[d], made_, true);
-            names_[d].empty() ? merge_last(stage) : merge_between(stage, names_[d]);
+            with_place(stage, [&] { names_[d].empty() ? merge_last(stage) : merge_between(stage, names_[d]); });
         }
     }
 

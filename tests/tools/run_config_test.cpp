@@ -453,6 +453,19 @@ TEST_CASE("what is wrong with a configuration is said with its place")
     const auto cancelled = m.run_it();
     CHECK(cancelled.code == 1);
     has(cancelled.err, "error: config.yml:1:15: the weights of an average sum to 0");
+    // Of several documents it is that of the one whose merge it is.
+    const auto zero = [](const std::string& model) {
+        return "merge_method: linear\nmodels:\n  - {model: " + model + ", parameters: {weight: 1}}\n"
+            + "  - {model: b, parameters: {weight: -1}}\n";
+    };
+    const std::string fine = "merge_method: passthrough\nmodels: [{model: ";
+    for (const auto& [text, place] : {std::pair("name: mixed\n" + zero("a") + "---\n" + fine + "mixed}]\n", "2:15"),
+             std::pair("name: mixed\n" + fine + "a}]\n---\n" + zero("mixed"), "5:15")}) {
+        m.write(text);
+        const auto done = m.run_it();
+        CHECK(done.code == 1);
+        has(done.err, "error: config.yml:" + std::string(place) + ": the weights of an average sum to 0");
+    }
     has(m.refusal("merge_method: linear\nmodels: []\n"), "config.yml:2:9: 'models' is an empty list");
     has(m.refusal("merge_method: linear\nmodules: {}\n"), "config.yml:2:1: 'modules' is empty");
     has(m.refusal(head + tasks + "parameters: {int8_mask: maybe}\n"), "config.yml:8:25: int8_mask is 'maybe'");
