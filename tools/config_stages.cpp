@@ -1,6 +1,7 @@
 // The documents of a configuration, merged one after another.
 // SPDX-License-Identifier: Apache-2.0
 #include "config_document.hpp"
+#include "config_results.hpp"
 
 #include "scoring.hpp"
 #include "words.hpp"
@@ -224,9 +225,11 @@ private:
             return;
         }
         note(stage.request.run, "'" + name + "' " + fate);
-        if (why.empty()) { unstored_[folder.string()] = merge_unstored(stage.request, folder, mark); }
+        if (why.empty()) {
+            unstored_[folder.string()] = as_result_of(name, merge_unstored(stage.request, folder, mark));
+        }
         else {
-            run_merge(stage.request);
+            as_result_of(name, [&] { run_merge(stage.request); });
         }
     }
 

@@ -1253,7 +1253,9 @@ TEST_CASE("stages that are worked out take no room, and what is wrong in them le
         for (const auto& name : m.folder.names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
     };
     const auto half = weighted("linear", {{"a", "1"}}, "", "dtype: float16\n");
-    refused(half, "tensor 'model.layers.1.mlp.weight' would hold infinity at index 4321");
+    refused(half, "error: the result of 'mixed': tensor 'model.layers.1.mlp.weight' would hold infinity at index 4321");
+    refused("merge_method: passthrough\nmodels: [{model: halved}]\n---\nname: halved\n" + half,
+        "error: the result of 'halved': tensor 'model.layers.1.mlp.weight' would hold infinity at index 4321");
     m.run_to("saturated", "name: mixed\n" + half + "---\n" + last, nullptr, {"--overflow", "saturate"});
     large["model.layers.1.mlp.weight"].values[77] = std::numeric_limits<float>::quiet_NaN();
     write_values(m.folder / "a/model.safetensors", large);
