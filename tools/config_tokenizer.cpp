@@ -3,6 +3,7 @@
 #include "config_tokenizer.hpp"
 
 #include "chat_templates.hpp"
+#include "tokenizers.hpp"
 #include "vocabulary.hpp"
 
 #include <algorithm>

@@ -5,6 +5,7 @@
 #include "chat_templates.hpp"
 
 #include "adapter_sums.hpp"
+#include "tokenizers.hpp"
 #include "vocabulary.hpp"
 #include "words.hpp"
 

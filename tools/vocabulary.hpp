@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arguments.hpp"
+#include "tokenizers.hpp"
 
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/models/selected_rows.hpp>
@@ -38,29 +39,6 @@ void add_vocabulary_option(command& verb, std::string& vocabulary);
 [[nodiscard]] bool has_rows_of_tokens(std::string_view name);
 /// Whether two shapes are the same, or differ by the rows of tokens alone (of a bias 1×V, by its entries).
 [[nodiscard]] bool same_but_tokens(std::string_view name, const taskvec::extents& a, const taskvec::extents& b);
-
-/// A token that tokenizers add to their model's vocabulary, as tokenizer.json describes it.
-struct added_token {
-    std::string content;
-    std::uint32_t id = 0;
-    bool single_word = false, lstrip = false, rstrip = false, normalized = false, special = false;
-};
-/// The files of a tokenizer that are in a model's or an adapter's directory.
-[[nodiscard]] std::vector<fs::path> tokenizer_files_in(const fs::path& directory);
-
-/// What tokenizer.json says of ids.
-struct token_table {
-    std::map<std::string, std::uint32_t, std::less<>> ids; ///< of the model's vocabulary and of added tokens
-    std::map<std::uint32_t, const std::string*> texts;
-    std::map<std::string, added_token, std::less<>> added;
-    std::string model; ///< "BPE", "WordPiece", "Unigram", …
-    /// One above the highest id.
-    [[nodiscard]] std::uint64_t size() const { return texts.empty() ? 0 : std::uint64_t{texts.rbegin()->first} + 1; }
-    [[nodiscard]] const std::string* text(std::uint64_t id) const;
-};
-/// Reads `vocab` of the model and `added_tokens`; the rest of the file is only looked over. Throws format_error for
-/// what is no tokenizer, or gives one id or one token twice.
-[[nodiscard]] token_table read_tokens(const fs::path& tokenizer);
 
 /// Where the row of a token is from, for models that lack it, or for all.
 struct token_rule {

@@ -2,6 +2,7 @@
 // result has rows that the models have, and a tokenizer that is read again. scripts/fuzz compiles it together with
 // tools/vocabulary.cpp. In the suite the tool itself goes through the corpus. SPDX-License-Identifier: Apache-2.0
 #include "../../../tools/vocabulary.hpp"
+#include "../../../tools/tokenizers.hpp"
 #include "../fuzz.hpp"
 #include "stand_ins.hpp"
 
