@@ -3,6 +3,7 @@
 #include "adapters.hpp"
 #include "decompose.hpp"
 #include "methods.hpp"
+#include "token_rows.hpp"
 #include "tokenizers.hpp"
 #include "vocabulary.hpp"
 #include "words.hpp"

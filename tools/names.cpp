@@ -4,7 +4,7 @@
 
 #include "architectures.hpp"
 #include "command.hpp"
-#include "vocabulary.hpp"
+#include "token_rows.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/error.hpp>

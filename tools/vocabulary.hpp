@@ -35,11 +35,6 @@ enum class vocabulary_policy : std::uint8_t {
 void add_vocabulary_option(command& verb, std::string& vocabulary);
 [[nodiscard]] vocabulary_policy vocabulary_policy_of(const std::string& word);
 
-/// Whether a tensor of this name has a row for each token: input embeddings, and heads with their biases.
-[[nodiscard]] bool has_rows_of_tokens(std::string_view name);
-/// Whether two shapes are the same, or differ by the rows of tokens alone (of a bias 1×V, by its entries).
-[[nodiscard]] bool same_but_tokens(std::string_view name, const taskvec::extents& a, const taskvec::extents& b);
-
 /// Where the row of a token is from, for models that lack it, or for all.
 struct token_rule {
     enum class source : std::uint8_t {
