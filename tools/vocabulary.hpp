@@ -116,11 +116,24 @@ private:
     };
     using row_counts = std::vector<std::optional<std::uint64_t>>;
 
+    /// Tensors of the first model with a row for each token, and whether rows differ in some model.
+    struct token_tensors {
+        std::vector<std::string> names{};
+        bool differ = false;
+    };
+
+    [[nodiscard]] token_tensors tensors_of_tokens(
+        const std::vector<vocabulary_input>& inputs, const std::function<bool(std::string_view)>& include) const;
+    void refuse_rows(const std::vector<vocabulary_input>& inputs, const std::string& name) const;
+    [[nodiscard]] bool files_differ() const;
     void check_by_index(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names,
         const run_options& run) const;
     void read_tokenizers(const std::vector<vocabulary_input>& inputs);
     void plan(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names);
+    void add_tokens_of_others();
     void add_tokens_of_rules(const std::vector<vocabulary_input>& inputs);
+    void check_rows_are_known(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names) const;
+    void cut_behind_common_tokens(const std::vector<vocabulary_input>& inputs);
     [[nodiscard]] std::uint64_t rows_of_result(const row_counts& rows) const;
     [[nodiscard]] std::optional<std::uint64_t> row_in(std::size_t m, std::uint64_t row, const row_counts& rows) const;
     [[nodiscard]] taskvec::row_run::part row_of(const token_rule& rule, std::uint64_t row, const row_counts& rows,
@@ -129,12 +142,20 @@ private:
     [[nodiscard]] const std::string* text_in_result(std::uint64_t row) const;
     /// How a new token stands in a tokenizer, where it is an added token there; nothing for one of the vocabulary.
     [[nodiscard]] std::optional<added_token> description(const new_token& token) const;
+    [[nodiscard]] std::vector<taskvec::row_run::part> stand_in(std::uint64_t row, row_counts& own,
+        const row_counts& rows, const std::vector<vocabulary_input>& inputs, const std::string& name) const;
     [[nodiscard]] std::vector<std::vector<taskvec::row_run>> runs_of(
         const std::vector<vocabulary_input>& inputs, const row_counts& rows, const std::string& name) const;
     void line_up(const std::vector<vocabulary_input>& inputs, const std::string& name);
+    [[nodiscard]] taskvec::const_tensor_ref select(
+        std::vector<taskvec::const_tensor_ref> from, std::vector<taskvec::row_run> runs, taskvec::dtype stored);
+    [[nodiscard]] taskvec::const_tensor_ref fill_up(const taskvec::const_tensor_ref& tensor, std::uint64_t filled);
+    void replace(std::size_t m, const std::string& name, taskvec::const_tensor_ref changed);
     bool add_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& added) const;
     bool remove_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& lost) const;
     void say(const std::vector<vocabulary_input>& inputs, const run_options& run) const;
+    void say_tokens(const std::vector<vocabulary_input>& inputs, const run_options& run) const;
+    void say_rows(const vocabulary_input& first, const run_options& run) const;
 
     vocabulary_policy policy_;
     std::vector<member> members_;
@@ -146,7 +167,7 @@ private:
     std::vector<new_token> new_tokens_; ///< `all`: behind the first one's, in this order
     std::map<std::string_view, std::uint64_t> new_ids_;
     std::uint64_t cut_ = 0; ///< `truncate`: tokens from here on are left out; 0: none
-    bool changed_ = false, tokens_differ_ = false;
+    bool changed_ = false;
     std::map<row_counts, std::vector<std::vector<taskvec::row_run>>> runs_; ///< by rows, for each model
     std::map<std::string, row_counts> counts_; ///< of tensors_, before
 };
