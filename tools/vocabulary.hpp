@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -152,6 +153,11 @@ private:
     [[nodiscard]] taskvec::const_tensor_ref fill_up(const taskvec::const_tensor_ref& tensor, std::uint64_t filled);
     void replace(std::size_t m, const std::string& name, taskvec::const_tensor_ref changed);
     bool add_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& added) const;
+    void add_to_vocabulary(
+        nlohmann::json& vocabulary, const new_token& token, std::uint64_t id, std::optional<double>& least) const;
+    void add_merges(nlohmann::json& model, const std::set<std::size_t>& donors,
+        const std::map<std::string, std::uint64_t>& added) const;
+    bool keep_ids(nlohmann::json& tokenizer) const;
     bool remove_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& lost) const;
     void say(const std::vector<vocabulary_input>& inputs, const run_options& run) const;
     void say_tokens(const std::vector<vocabulary_input>& inputs, const run_options& run) const;

@@ -3,6 +3,7 @@
 #include "vocabulary.hpp"
 
 #include "token_rows.hpp"
+#include "tokenizers.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/error.hpp>
@@ -13,6 +14,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
+#include <optional>
 #include <set>
 #include <system_error>
 #include <utility>
@@ -142,7 +145,6 @@ std::optional<added_token> lined_up_vocabulary::description(const new_token& tok
 /// ids then, they are put there as well. True where the model has changed.
 bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string, std::uint64_t>& added) const
 {
-    const auto& first = members_.front();
     auto& model = tokenizer["model"];
     if (!model.is_object()) { model = large_json::object(); }
     auto& descriptions = tokenizer["added_tokens"];
@@ -151,55 +153,78 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
     std::optional<double> least;
     for (std::size_t i = 0; i < new_tokens_.size(); ++i) {
         const auto& token = new_tokens_[i];
-        const auto id = first.tokens.size() + i;
+        const auto id = members_.front().tokens.size() + i;
         if (const auto its = description(token)) {
             descriptions.push_back(token_entry<large_json>(*its, true, id));
             added[token.text] = id;
             continue;
         }
         donors.insert(*token.from);
-        if (model["vocab"].is_object()) { model["vocab"][token.text] = id; }
-        else if (model["vocab"].is_array() && model["vocab"].size() == id) {
-            // A Unigram piece of the least score: texts keep their segmentations where they can.
-            if (!least) { least = least_score(model["vocab"]); }
-            model["vocab"].push_back(large_json::array({token.text, *least}));
-        }
-        else {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
-                taskvec::message("--vocabulary union: token '", printable(token.text), "' of ",
-                    in_quotes(members_[*token.from].tokenizer), " cannot be added to the ", first.tokens.model,
-                    " vocabulary of ", in_quotes(first.tokenizer),
-                    ", whose ids are places in a list: use --vocabulary base, or --copy-from with a tokenizer of "
-                    "your own"));
-        }
+        add_to_vocabulary(model["vocab"], token, id, least);
     }
-    if (!donors.empty() && model.contains("merges") && model["merges"].is_array()) {
-        auto& merges = model["merges"];
-        const bool as_text = !merges.empty() && merges.front().is_string();
-        std::set<std::pair<std::string, std::string>> there; // each once
-        for (const auto donor : donors) {
-            each_merge(members_[donor].tokenizer, [&](const std::string& left, const std::string& right) {
-                const auto whole = left + right;
-                if (!new_ids_.contains(whole) || added.contains(whole)) { return; }
-                if (!model["vocab"].contains(left) || !model["vocab"].contains(right)) { return; }
-                if (!there.emplace(left, right).second) { return; }
-                as_text ? merges.push_back(left + " " + right) : merges.push_back(large_json::array({left, right}));
-            });
-        }
+    if (!donors.empty()) { add_merges(model, donors, added); }
+    return keep_ids(tokenizer) || !donors.empty();
+}
+
+/// `least`: the least score of a Unigram piece, once it is known.
+void lined_up_vocabulary::add_to_vocabulary(
+    large_json& vocabulary, const new_token& token, std::uint64_t id, std::optional<double>& least) const
+{
+    if (vocabulary.is_object()) { vocabulary[token.text] = id; }
+    else if (vocabulary.is_array() && vocabulary.size() == id) {
+        // A Unigram piece of the least score: texts keep their segmentations where they can.
+        if (!least) { least = least_score(vocabulary); }
+        vocabulary.push_back(large_json::array({token.text, *least}));
     }
-    auto& vocabulary = model["vocab"];
-    if (!vocabulary.is_object() && !vocabulary.is_array()) { return !donors.empty(); }
+    else {
+        const auto& first = members_.front();
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+            taskvec::message("--vocabulary union: token '", printable(token.text), "' of ",
+                in_quotes(members_[*token.from].tokenizer), " cannot be added to the ", first.tokens.model,
+                " vocabulary of ", in_quotes(first.tokenizer),
+                ", whose ids are places in a list: use --vocabulary base, or --copy-from with a tokenizer of "
+                "your own"));
+    }
+}
+
+/// The donors' merges that make new tokens of the vocabulary, each once.
+void lined_up_vocabulary::add_merges(
+    large_json& model, const std::set<std::size_t>& donors, const std::map<std::string, std::uint64_t>& added) const
+{
+    if (!model.contains("merges") || !model["merges"].is_array()) { return; }
+    auto& merges = model["merges"];
+    const auto& vocabulary = model["vocab"];
+    const bool as_text = !merges.empty() && merges.front().is_string();
+    std::set<std::pair<std::string, std::string>> there;
+    for (const auto donor : donors) {
+        each_merge(members_[donor].tokenizer, [&](const std::string& left, const std::string& right) {
+            const auto whole = left + right;
+            if (!new_ids_.contains(whole) || added.contains(whole)) { return; }
+            if (!vocabulary.contains(left) || !vocabulary.contains(right)) { return; }
+            if (!there.emplace(left, right).second) { return; }
+            as_text ? merges.push_back(left + " " + right) : merges.push_back(large_json::array({left, right}));
+        });
+    }
+}
+
+/// Puts added tokens into the vocabulary too where tokenizers would read them under other ids otherwise; whether it
+/// did.
+bool lined_up_vocabulary::keep_ids(large_json& tokenizer) const
+{
+    auto& vocabulary = tokenizer["model"]["vocab"];
+    if (!vocabulary.is_object() && !vocabulary.is_array()) { return false; }
+    const auto& descriptions = tokenizer["added_tokens"];
     const auto read = ids_of_added(tokenizer);
     const auto is_moved = [&](const large_json& entry) {
         return is_description(entry)
             && entry["id"].get<std::uint64_t>() != read.at(entry["content"].get_ref<const std::string&>());
     };
     const auto moved = std::find_if(descriptions.begin(), descriptions.end(), is_moved);
-    if (moved == descriptions.end()) { return !donors.empty(); }
+    if (moved == descriptions.end()) { return false; }
     if (!vocabulary.is_object()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
             taskvec::message("--vocabulary union: tokenizers would read '",
-                printable((*moved)["content"].get<std::string>()), "' of ", in_quotes(first.tokenizer),
+                printable((*moved)["content"].get<std::string>()), "' of ", in_quotes(members_.front().tokenizer),
                 " under another id than that of its row: use --vocabulary base, or --copy-from with a tokenizer of "
                 "your own"));
     }
@@ -248,6 +273,48 @@ bool lined_up_vocabulary::remove_tokens(large_json& tokenizer, std::map<std::str
     return vocabulary.size() != before;
 }
 
+namespace {
+
+/// Takes the values of an object that are lost tokens out of it, of lists too; the keys that have none now.
+std::vector<std::string> drop_lost(json& settings, const std::map<std::string, std::uint64_t>& lost)
+{
+    const auto is_lost = [&](const json& value) {
+        const json* text = &value;
+        if (value.is_object() && value.contains("content")) { text = &value["content"]; }
+        return text->is_string() && lost.contains(text->get<std::string>());
+    };
+    std::vector<std::string> keys;
+    for (auto& [key, value] : settings.items()) {
+        if (is_lost(value)) { keys.push_back(key); }
+        if (!value.is_array()) { continue; }
+        auto list = json::array();
+        for (const auto& one : value) {
+            if (!is_lost(one)) { list.push_back(one); }
+        }
+        if (list.size() != value.size()) { value = std::move(list); }
+    }
+    for (const auto& key : keys) { settings.erase(key); }
+    return keys;
+}
+
+/// What transformers' slow tokenizers read has other tokens than the result.
+void leave_slow_files_out(
+    std::map<std::string, std::optional<std::string>>& files, const fs::path& folder, const run_options& run)
+{
+    std::string gone;
+    for (const char* name : slow_tokenizer_names) {
+        std::error_code ignored;
+        if (!fs::exists(folder / name, ignored)) { continue; }
+        files[name] = std::nullopt;
+        gone += (gone.empty() ? "'" : ", '") + std::string(name) + "'";
+    }
+    if (!gone.empty()) {
+        note(run, gone + " of the slow tokenizer are left out: tokenizer.json has the tokens of the result");
+    }
+}
+
+} // namespace
+
 std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer_files(const run_options& run) const
 {
     std::map<std::string, std::optional<std::string>> files;
@@ -262,11 +329,6 @@ std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer
         files[tokenizer_name] = dumped(tokenizer);
     }
     std::set<std::string> dropped;
-    const auto is_lost = [&](const json& value) {
-        const json* text = &value;
-        if (value.is_object() && value.contains("content")) { text = &value["content"]; }
-        return text->is_string() && lost.contains(text->get<std::string>());
-    };
     for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
         auto content = read_object<json>(folder / name);
         if (!content) { continue; }
@@ -278,20 +340,7 @@ std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer
             }
             for (const auto& [text, id] : lost) { decoder.erase(std::to_string(id)); }
         }
-        std::vector<std::string> keys;
-        for (auto& [key, value] : content->items()) {
-            if (is_lost(value)) { keys.push_back(key); }
-            if (!value.is_array()) { continue; }
-            auto list = json::array();
-            for (const auto& one : value) {
-                if (!is_lost(one)) { list.push_back(one); }
-            }
-            if (list.size() != value.size()) { value = std::move(list); }
-        }
-        for (const auto& key : keys) {
-            content->erase(key);
-            dropped.insert(key);
-        }
+        for (auto& key : drop_lost(*content, lost)) { dropped.insert(std::move(key)); }
         files[name] = dumped(*content);
     }
     if (auto content = read_object<large_json>(folder / "added_tokens.json")) {
@@ -300,18 +349,7 @@ std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer
         files["added_tokens.json"] = dumped(*content);
     }
     for (const auto& key : dropped) { note(run, "the tokenizer's " + key + " is left out: its token is no more"); }
-    if (model_changes) {
-        std::string gone;
-        for (const char* name : slow_tokenizer_names) {
-            std::error_code ignored;
-            if (!fs::exists(folder / name, ignored)) { continue; }
-            files[name] = std::nullopt;
-            gone += (gone.empty() ? "'" : ", '") + std::string(name) + "'";
-        }
-        if (!gone.empty()) {
-            note(run, gone + " of the slow tokenizer are left out: tokenizer.json has the tokens of the result");
-        }
-    }
+    if (model_changes) { leave_slow_files_out(files, folder, run); }
     return files;
 }
 
