@@ -5,6 +5,7 @@
 #include <taskvec/formats/adapter_contents.hpp>
 #include <taskvec/formats/adapter_gguf.hpp>
 #include <taskvec/formats/adapter_roles.hpp>
+#include <taskvec/formats/factor_products.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -40,45 +41,6 @@ namespace taskvec::inline TASKVEC_ABI {
 }
 
 namespace detail {
-
-/// The Kronecker product.
-template <class T>
-[[nodiscard]] matrix<T> kronecker(const matrix<T>& x, const matrix<T>& y)
-{
-    matrix<T> z(x.rows() * y.rows(), x.cols() * y.cols(), matrix_order::row_major);
-    for (std::size_t i = 0; i < z.rows(); ++i) {
-        for (std::size_t j = 0; j < z.cols(); ++j) {
-            z(i, j) = x(i / y.rows(), j / y.cols()) * y(i % y.rows(), j % y.cols());
-        }
-    }
-    return z;
-}
-template <class T>
-[[nodiscard]] matrix<T> identity_matrix(std::size_t n)
-{
-    matrix<T> x(n, n, matrix_order::row_major);
-    for (std::size_t i = 0; i < n; ++i) { x(i, i) = 1; }
-    return x;
-}
-
-/// A Tucker core p×q×kernel… times a factor q×n at its second side: p rows of n·kernel entries, the kernel running
-/// fastest.
-template <class T>
-[[nodiscard]] matrix<T> along_core(const matrix<T>& core, const matrix<T>& right)
-{
-    const std::size_t inner = right.rows(), cells = core.cols() / inner;
-    matrix<T> joined(core.rows(), right.cols() * cells, matrix_order::row_major);
-    for (std::size_t p = 0; p < core.rows(); ++p) {
-        for (std::size_t i = 0; i < right.cols(); ++i) {
-            for (std::size_t cell = 0; cell < cells; ++cell) {
-                T sum = 0;
-                for (std::size_t q = 0; q < inner; ++q) { sum += core(p, q * cells + cell) * right(q, i); }
-                joined(p, i * cells + cell) = sum;
-            }
-        }
-    }
-    return joined;
-}
 
 /// The tensors of one module.
 struct adapter_parts {
