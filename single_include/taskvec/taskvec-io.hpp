@@ -13947,6 +13947,13 @@ template <arithmetic_element T = float>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP
 
+// ---- taskvec/formats/adapter_modules.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP
+// The update of one module of an adapter, from the tensors of it: LoRA, DoRA, AdaLoRA, LoHa, LoKr.
+// SPDX-License-Identifier: Apache-2.0
+
+
 // ---- taskvec/formats/adapter_roles.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_ROLES_HPP)
 #define TASKVEC_SINGLE_FORMATS_ADAPTER_ROLES_HPP
@@ -14161,37 +14168,13 @@ template <class T>
 #endif // TASKVEC_SINGLE_FORMATS_FACTOR_PRODUCTS_HPP
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
 #include <map>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
-/// Throws io_error where there is none.
-[[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
-{
-    std::error_code ignored;
-    if (!std::filesystem::is_directory(path, ignored)) { return path; }
-    for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
-             std::string_view("adapters.safetensors"), peft_pickle_name}) {
-        if (std::filesystem::exists(path / name, ignored)) { return path / name; }
-    }
-    raise<io_error>(error_code::model_not_found,
-        message("holds no adapter: expected ", peft_model_name,
-            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file "
-            "(kohya's, or a GGUF file)"),
-        path.string());
-}
 
 namespace detail {
 
@@ -14461,6 +14444,46 @@ template <class T>
     }
     return made;
 }
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
+/// Throws io_error where there is none.
+[[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
+{
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(path, ignored)) { return path; }
+    for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
+             std::string_view("adapters.safetensors"), peft_pickle_name}) {
+        if (std::filesystem::exists(path / name, ignored)) { return path / name; }
+    }
+    raise<io_error>(error_code::model_not_found,
+        message("holds no adapter: expected ", peft_model_name,
+            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file "
+            "(kohya's, or a GGUF file)"),
+        path.string());
+}
+
+namespace detail {
 
 /// Refuses configurations of PEFT whose update is none that can be folded, each by name.
 inline void check_foldable(const nlohmann::json& config, const std::string& file)
