@@ -14450,38 +14450,22 @@ template <class T>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP
 
-#include <algorithm>
+// ---- taskvec/formats/peft_settings.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PEFT_SETTINGS_HPP)
+#define TASKVEC_SINGLE_FORMATS_PEFT_SETTINGS_HPP
+// What PEFT's configurations say of an adapter's modules: scalings, and kinds that are refused.
+// SPDX-License-Identifier: Apache-2.0
+
+
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
 #include <map>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
-/// Throws io_error where there is none.
-[[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
-{
-    std::error_code ignored;
-    if (!std::filesystem::is_directory(path, ignored)) { return path; }
-    for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
-             std::string_view("adapters.safetensors"), peft_pickle_name}) {
-        if (std::filesystem::exists(path / name, ignored)) { return path / name; }
-    }
-    raise<io_error>(error_code::model_not_found,
-        message("holds no adapter: expected ", peft_model_name,
-            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file "
-            "(kohya's, or a GGUF file)"),
-        path.string());
-}
 
 namespace detail {
 
@@ -14637,6 +14621,46 @@ private:
     }
     return settings;
 }
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_PEFT_SETTINGS_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
+/// Throws io_error where there is none.
+[[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
+{
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(path, ignored)) { return path; }
+    for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
+             std::string_view("adapters.safetensors"), peft_pickle_name}) {
+        if (std::filesystem::exists(path / name, ignored)) { return path / name; }
+    }
+    raise<io_error>(error_code::model_not_found,
+        message("holds no adapter: expected ", peft_model_name,
+            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file "
+            "(kohya's, or a GGUF file)"),
+        path.string());
+}
+
+namespace detail {
 
 /// Which modules MLX's configuration has adapted: those of the last layers, by their names within a layer or the model.
 struct mlx_targets {
