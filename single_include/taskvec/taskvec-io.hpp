@@ -14450,6 +14450,111 @@ template <class T>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP
 
+// ---- taskvec/formats/mlx_settings.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_MLX_SETTINGS_HPP)
+#define TASKVEC_SINGLE_FORMATS_MLX_SETTINGS_HPP
+// What MLX's configuration says of an adapter's modules.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// Which modules MLX's configuration has adapted: those of the last layers, by their names within a layer or the model.
+struct mlx_targets {
+    std::string_view layers_field = "num_layers"; ///< "lora_layers" of old
+    std::optional<std::int64_t> layers{}; ///< how many of the last ones; nothing: all
+    std::optional<std::vector<std::string>> keys{}; ///< names; nothing: every module that can be
+
+    /// Throws format_error for fields of other types.
+    mlx_targets(const nlohmann::json& config, const std::string& file)
+    {
+        const peft_fields fields(config, file);
+        if (!config.contains("num_layers")) { layers_field = "lora_layers"; }
+        if (const auto* const given = fields.find(std::string(layers_field).c_str())) {
+            if (!given->is_number_integer()) {
+                raise<format_error>(error_code::adapter_config,
+                    message(layers_field, " is ", peft_fields::shown(*given),
+                        "; expected a whole number, -1 for all layers"),
+                    file);
+            }
+            if (const auto most = given->get<std::int64_t>(); most >= 0) { layers = most; }
+        }
+        const auto* const parameters = fields.find("lora_parameters");
+        if (!parameters || !parameters->is_object()) { return; }
+        const auto given = parameters->find("keys");
+        if (given == parameters->end() || given->is_null()) { return; }
+        if (!given->is_array()
+            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.keys is ", peft_fields::shown(*given), "; expected a list of names"), file);
+        }
+        keys = given->template get<std::vector<std::string>>();
+    }
+    /// Whether a key names a module.
+    [[nodiscard]] static bool names(const std::string& key, std::string_view module)
+    {
+        return key == module || key == place_in_layers(module).within;
+    }
+};
+
+/// What MLX's configuration says, against what an adapter of it holds. Throws format_error for a number of layers, or
+/// keys, that would leave some of the adapter's modules out, as MLX does without a word. Returns the keys that name
+/// none of them.
+[[nodiscard]] inline std::vector<std::string> check_mlx_targets(
+    const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
+{
+    const mlx_targets targets(config, file);
+    std::vector<std::string> idle;
+    if (targets.keys) {
+        for (const auto& module : modules) {
+            if (std::any_of(targets.keys->begin(), targets.keys->end(),
+                    [&](const auto& key) { return mlx_targets::names(key, module); })) {
+                continue;
+            }
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.keys does not name '", place_in_layers(module).within,
+                    "', and the adapter has factors of '", module,
+                    "', which MLX would leave out: add the name to keys, or take the module out of the file"),
+                file);
+        }
+        for (const auto& key : *targets.keys) {
+            if (std::none_of(modules.begin(), modules.end(),
+                    [&](const auto& module) { return mlx_targets::names(key, module); })) {
+                idle.push_back(key);
+            }
+        }
+    }
+    if (!targets.layers) { return idle; }
+    const auto most = *targets.layers;
+    std::optional<std::int64_t> first, last;
+    for (const auto& module : modules) {
+        const auto number = place_in_layers(module).number;
+        if (!number) { continue; }
+        first = std::min(first.value_or(*number), *number);
+        last = std::max(last.value_or(*number), *number);
+    }
+    if (!first || *last - *first < most) { return idle; }
+    raise<format_error>(error_code::adapter_config,
+        message(targets.layers_field, " is ", most, ", and the adapter has modules of layers ", *first, " to ", *last,
+            ": MLX applies those of the last ", most, " layers alone; correct ", targets.layers_field,
+            ", or take the modules of the others out of the file"),
+        file);
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_MLX_SETTINGS_HPP
+
 // ---- taskvec/formats/peft_settings.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_PEFT_SETTINGS_HPP)
 #define TASKVEC_SINGLE_FORMATS_PEFT_SETTINGS_HPP
@@ -14630,7 +14735,6 @@ private:
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -14661,88 +14765,6 @@ namespace taskvec::inline TASKVEC_ABI {
 }
 
 namespace detail {
-
-/// Which modules MLX's configuration has adapted: those of the last layers, by their names within a layer or the model.
-struct mlx_targets {
-    std::string_view layers_field = "num_layers"; ///< "lora_layers" of old
-    std::optional<std::int64_t> layers{}; ///< how many of the last ones; nothing: all
-    std::optional<std::vector<std::string>> keys{}; ///< names; nothing: every module that can be
-
-    /// Throws format_error for fields of other types.
-    mlx_targets(const nlohmann::json& config, const std::string& file)
-    {
-        const peft_fields fields(config, file);
-        if (!config.contains("num_layers")) { layers_field = "lora_layers"; }
-        if (const auto* const given = fields.find(std::string(layers_field).c_str())) {
-            if (!given->is_number_integer()) {
-                raise<format_error>(error_code::adapter_config,
-                    message(layers_field, " is ", peft_fields::shown(*given),
-                        "; expected a whole number, -1 for all layers"),
-                    file);
-            }
-            if (const auto most = given->get<std::int64_t>(); most >= 0) { layers = most; }
-        }
-        const auto* const parameters = fields.find("lora_parameters");
-        if (!parameters || !parameters->is_object()) { return; }
-        const auto given = parameters->find("keys");
-        if (given == parameters->end() || given->is_null()) { return; }
-        if (!given->is_array()
-            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
-            raise<format_error>(error_code::adapter_config,
-                message("lora_parameters.keys is ", peft_fields::shown(*given), "; expected a list of names"), file);
-        }
-        keys = given->template get<std::vector<std::string>>();
-    }
-    /// Whether a key names a module.
-    [[nodiscard]] static bool names(const std::string& key, std::string_view module)
-    {
-        return key == module || key == place_in_layers(module).within;
-    }
-};
-
-/// What MLX's configuration says, against what an adapter of it holds. Throws format_error for a number of layers, or
-/// keys, that would leave some of the adapter's modules out, as MLX does without a word. Returns the keys that name
-/// none of them.
-[[nodiscard]] inline std::vector<std::string> check_mlx_targets(
-    const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
-{
-    const mlx_targets targets(config, file);
-    std::vector<std::string> idle;
-    if (targets.keys) {
-        for (const auto& module : modules) {
-            if (std::any_of(targets.keys->begin(), targets.keys->end(),
-                    [&](const auto& key) { return mlx_targets::names(key, module); })) {
-                continue;
-            }
-            raise<format_error>(error_code::adapter_config,
-                message("lora_parameters.keys does not name '", place_in_layers(module).within,
-                    "', and the adapter has factors of '", module,
-                    "', which MLX would leave out: add the name to keys, or take the module out of the file"),
-                file);
-        }
-        for (const auto& key : *targets.keys) {
-            if (std::none_of(modules.begin(), modules.end(),
-                    [&](const auto& module) { return mlx_targets::names(key, module); })) {
-                idle.push_back(key);
-            }
-        }
-    }
-    if (!targets.layers) { return idle; }
-    const auto most = *targets.layers;
-    std::optional<std::int64_t> first, last;
-    for (const auto& module : modules) {
-        const auto number = place_in_layers(module).number;
-        if (!number) { continue; }
-        first = std::min(first.value_or(*number), *number);
-        last = std::max(last.value_or(*number), *number);
-    }
-    if (!first || *last - *first < most) { return idle; }
-    raise<format_error>(error_code::adapter_config,
-        message(targets.layers_field, " is ", most, ", and the adapter has modules of layers ", *first, " to ", *last,
-            ": MLX applies those of the last ", most, " layers alone; correct ", targets.layers_field,
-            ", or take the modules of the others out of the file"),
-        file);
-}
 
 /// The parameters that PEFT adapts whole modules' worth of (target_parameters), by the modules of a file's factors.
 /// Factors of several parameters of one module are nested: "experts" has those of the last one, "experts.base_layer"

@@ -4,6 +4,7 @@
 
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/formats/adapter_file.hpp>
+#include <taskvec/formats/mlx_settings.hpp>
 
 #include <algorithm>
 #include <array>
