@@ -12776,6 +12776,10 @@ struct peft_read_options {
 
 namespace detail {
 
+/// What messages advise for an adapter that PEFT alone can put into its base.
+inline constexpr std::string_view fold_with_peft =
+    "fold it into its base with PEFT (merge_and_unload) and go on with the model";
+
 /// PEFT's rule for rank_pattern and alpha_pattern: the first key, in file order, that as a regular expression matches
 /// the module's whole name or a dotted end of it.
 class peft_patterns {
@@ -13068,7 +13072,7 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
             error_code::adapter_unsupported, message(what, ": ", why, ", not a plain low-rank update; ", mend), file);
     };
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        refuse_to("fold it into its base with PEFT and extract an adapter from the result", what, why);
+        refuse_to(peft_read_options().fold_word, what, why);
     };
     const auto* type = fields.find("peft_type");
     if (!type) {
@@ -14312,8 +14316,8 @@ template <class T>
                     raise<format_error>(error_code::adapter_unsupported,
                         message("tensor '", entry->name, "' has shape ", to_string(entry->shape),
                             ": of a convolution over one side PEFT lays LoKr's product out in another order than the "
-                            "weight's, which no update of low rank equals; fold it into its base with PEFT "
-                            "(merge_and_unload) and go on with the model"),
+                            "weight's, which no update of low rank equals; ",
+                            fold_with_peft),
                         where);
                 }
                 found.first = factor(*entry);
@@ -14615,8 +14619,7 @@ public:
             if (own.size() != 2 || !std::is_permutation(own.begin(), own.end(), known.begin())) {
                 raise<format_error>(error_code::adapter_unsupported,
                     message("target_parameters names '", own[0], "' and '", own[1], "' of module '", owner,
-                        "', and which factors are whose is not known here: fold it into its base with PEFT "
-                        "(merge_and_unload) and go on with the model"),
+                        "', and which factors are whose is not known here: ", fold_with_peft),
                     file_);
             }
             own = known;
@@ -14703,9 +14706,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 {
     const peft_fields fields(config, file);
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        raise<format_error>(error_code::adapter_unsupported,
-            message(what, ": ", why, "; fold it into its base with PEFT (merge_and_unload) and go on with the model"),
-            file);
+        raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why, "; ", fold_with_peft), file);
     };
     if (const auto* type = fields.find("peft_type")) {
         const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
@@ -15138,8 +15139,7 @@ template <arithmetic_element T = float>
             if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
                 raise<format_error>(error_code::adapter_unsupported,
                     message("parameter '", parameter,
-                        "' has factors of another kind than those of plain LoRA: fold it into its base with PEFT "
-                        "(merge_and_unload) and go on with the model"),
+                        "' has factors of another kind than those of plain LoRA: ", detail::fold_with_peft),
                     where);
             }
             const double expected = said.first->rank(said.second);
@@ -19490,8 +19490,7 @@ template <arithmetic_element T>
     if (stack && !lies) {
         raise<shape_mismatch>(error_code::adapter_shape,
             message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and nothing says whether ", label,
-                " changes its matrices as they lie or transposed: fold it into its base with PEFT (merge_and_unload) "
-                "and go on with the model"));
+                " changes its matrices as they lie or transposed: ", fold_with_peft));
     }
     place.transposed = lies.value_or(false);
     return place;
@@ -19518,8 +19517,8 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     : message(" is no module of ", traits.label),
                 match.unmatched.size() > 1 ? message(", nor are ", match.unmatched.size() - 1, " others clear") : "",
                 base.find(module + ".in_proj_weight")
-                    ? ", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: fold it into "
-                      "its base with PEFT (merge_and_unload) and go on with the model"
+                    ? message(", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: ",
+                          detail::fold_with_peft)
                     : message(": use the base that it was trained on, ",
                           traits.renaming.empty() ? ""
                                                   : message("say what it is called there (", traits.renaming, "), "),

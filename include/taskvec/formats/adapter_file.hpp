@@ -293,8 +293,7 @@ template <arithmetic_element T = float>
             if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
                 raise<format_error>(error_code::adapter_unsupported,
                     message("parameter '", parameter,
-                        "' has factors of another kind than those of plain LoRA: fold it into its base with PEFT "
-                        "(merge_and_unload) and go on with the model"),
+                        "' has factors of another kind than those of plain LoRA: ", detail::fold_with_peft),
                     where);
             }
             const double expected = said.first->rank(said.second);

@@ -151,8 +151,8 @@ template <class T>
                     raise<format_error>(error_code::adapter_unsupported,
                         message("tensor '", entry->name, "' has shape ", to_string(entry->shape),
                             ": of a convolution over one side PEFT lays LoKr's product out in another order than the "
-                            "weight's, which no update of low rank equals; fold it into its base with PEFT "
-                            "(merge_and_unload) and go on with the model"),
+                            "weight's, which no update of low rank equals; ",
+                            fold_with_peft),
                         where);
                 }
                 found.first = factor(*entry);

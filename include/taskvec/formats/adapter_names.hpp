@@ -630,8 +630,7 @@ template <arithmetic_element T>
     if (stack && !lies) {
         raise<shape_mismatch>(error_code::adapter_shape,
             message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and nothing says whether ", label,
-                " changes its matrices as they lie or transposed: fold it into its base with PEFT (merge_and_unload) "
-                "and go on with the model"));
+                " changes its matrices as they lie or transposed: ", fold_with_peft));
     }
     place.transposed = lies.value_or(false);
     return place;
@@ -658,8 +657,8 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     : message(" is no module of ", traits.label),
                 match.unmatched.size() > 1 ? message(", nor are ", match.unmatched.size() - 1, " others clear") : "",
                 base.find(module + ".in_proj_weight")
-                    ? ", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: fold it into "
-                      "its base with PEFT (merge_and_unload) and go on with the model"
+                    ? message(", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: ",
+                          detail::fold_with_peft)
                     : message(": use the base that it was trained on, ",
                           traits.renaming.empty() ? ""
                                                   : message("say what it is called there (", traits.renaming, "), "),

@@ -88,6 +88,10 @@ struct peft_read_options {
 
 namespace detail {
 
+/// What messages advise for an adapter that PEFT alone can put into its base.
+inline constexpr std::string_view fold_with_peft =
+    "fold it into its base with PEFT (merge_and_unload) and go on with the model";
+
 /// PEFT's rule for rank_pattern and alpha_pattern: the first key, in file order, that as a regular expression matches
 /// the module's whole name or a dotted end of it.
 class peft_patterns {
@@ -380,7 +384,7 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
             error_code::adapter_unsupported, message(what, ": ", why, ", not a plain low-rank update; ", mend), file);
     };
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        refuse_to("fold it into its base with PEFT and extract an adapter from the result", what, why);
+        refuse_to(peft_read_options().fold_word, what, why);
     };
     const auto* type = fields.find("peft_type");
     if (!type) {

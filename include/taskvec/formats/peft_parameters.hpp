@@ -58,8 +58,7 @@ public:
             if (own.size() != 2 || !std::is_permutation(own.begin(), own.end(), known.begin())) {
                 raise<format_error>(error_code::adapter_unsupported,
                     message("target_parameters names '", own[0], "' and '", own[1], "' of module '", owner,
-                        "', and which factors are whose is not known here: fold it into its base with PEFT "
-                        "(merge_and_unload) and go on with the model"),
+                        "', and which factors are whose is not known here: ", fold_with_peft),
                     file_);
             }
             own = known;

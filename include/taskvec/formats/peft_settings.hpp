@@ -22,9 +22,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 {
     const peft_fields fields(config, file);
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        raise<format_error>(error_code::adapter_unsupported,
-            message(what, ": ", why, "; fold it into its base with PEFT (merge_and_unload) and go on with the model"),
-            file);
+        raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why, "; ", fold_with_peft), file);
     };
     if (const auto* type = fields.find("peft_type")) {
         const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
