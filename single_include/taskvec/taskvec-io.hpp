@@ -12853,6 +12853,12 @@ private:
     std::vector<pattern> patterns_;
 };
 
+/// Whether a value is a list of texts, as configurations name modules and parameters.
+[[nodiscard]] inline bool is_list_of_texts(const nlohmann::json& value)
+{
+    return value.is_array() && std::all_of(value.begin(), value.end(), [](const auto& one) { return one.is_string(); });
+}
+
 /// Fields of adapter_config.json, read with a complaint that names the file and the field.
 class peft_fields {
 public:
@@ -12889,9 +12895,7 @@ public:
     void check_names(const char* field) const
     {
         const auto* value = find(field);
-        if (!value || value->is_string()) { return; }
-        if (!value->is_array()
-            || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
+        if (value && !value->is_string() && !is_list_of_texts(*value)) {
             raise<format_error>(error_code::adapter_config,
                 message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
         }
@@ -14496,8 +14500,7 @@ struct mlx_targets {
         if (!parameters || !parameters->is_object()) { return; }
         const auto given = parameters->find("keys");
         if (given == parameters->end() || given->is_null()) { return; }
-        if (!given->is_array()
-            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+        if (!is_list_of_texts(*given)) {
             raise<format_error>(error_code::adapter_config,
                 message("lora_parameters.keys is ", peft_fields::shown(*given), "; expected a list of names"), file);
         }
@@ -14589,8 +14592,7 @@ public:
     {
         const auto* const given = peft_fields(config, file).find("target_parameters");
         if (!given) { return; }
-        if (!given->is_array()
-            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+        if (!is_list_of_texts(*given)) {
             raise<format_error>(error_code::adapter_config,
                 message("target_parameters is ", peft_fields::shown(*given), "; expected names of parameters"), file);
         }

@@ -40,8 +40,7 @@ struct mlx_targets {
         if (!parameters || !parameters->is_object()) { return; }
         const auto given = parameters->find("keys");
         if (given == parameters->end() || given->is_null()) { return; }
-        if (!given->is_array()
-            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+        if (!is_list_of_texts(*given)) {
             raise<format_error>(error_code::adapter_config,
                 message("lora_parameters.keys is ", peft_fields::shown(*given), "; expected a list of names"), file);
         }

@@ -165,6 +165,12 @@ private:
     std::vector<pattern> patterns_;
 };
 
+/// Whether a value is a list of texts, as configurations name modules and parameters.
+[[nodiscard]] inline bool is_list_of_texts(const nlohmann::json& value)
+{
+    return value.is_array() && std::all_of(value.begin(), value.end(), [](const auto& one) { return one.is_string(); });
+}
+
 /// Fields of adapter_config.json, read with a complaint that names the file and the field.
 class peft_fields {
 public:
@@ -201,9 +207,7 @@ public:
     void check_names(const char* field) const
     {
         const auto* value = find(field);
-        if (!value || value->is_string()) { return; }
-        if (!value->is_array()
-            || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
+        if (value && !value->is_string() && !is_list_of_texts(*value)) {
             raise<format_error>(error_code::adapter_config,
                 message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
         }

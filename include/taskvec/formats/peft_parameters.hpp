@@ -28,8 +28,7 @@ public:
     {
         const auto* const given = peft_fields(config, file).find("target_parameters");
         if (!given) { return; }
-        if (!given->is_array()
-            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+        if (!is_list_of_texts(*given)) {
             raise<format_error>(error_code::adapter_config,
                 message("target_parameters is ", peft_fields::shown(*given), "; expected names of parameters"), file);
         }
