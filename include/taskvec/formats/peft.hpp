@@ -104,13 +104,15 @@ public:
     };
 
     peft_patterns() = default;
-    peft_patterns(const nlohmann::ordered_json& object, std::string_view field, const std::string& file)
+    /// The field of a configuration in file order, which decides between patterns.
+    peft_patterns(const nlohmann::ordered_json& config, const char* field, const std::string& file)
     {
-        if (object.is_null()) { return; }
-        if (!object.is_object()) {
+        const auto object = config.find(field);
+        if (object == config.end() || object->is_null()) { return; }
+        if (!object->is_object()) {
             raise<format_error>(error_code::adapter_config, message(field, " is not an object"), file);
         }
-        for (const auto& [key, value] : object.items()) {
+        for (const auto& [key, value] : object->items()) {
             if (!value.is_number()) {
                 raise<format_error>(error_code::adapter_config,
                     message(field, " gives '", key, "' something that is not a number"), file);
@@ -606,12 +608,8 @@ template <arithmetic_element T = float>
             name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
     }
 
-    const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
-    const auto pattern = [&](const char* field) {
-        return detail::peft_patterns(
-            ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
-    };
-    auto ranks = pattern("rank_pattern"), alphas = pattern("alpha_pattern");
+    const auto ordered = nlohmann::ordered_json::parse(text);
+    detail::peft_patterns ranks(ordered, "rank_pattern", config_file), alphas(ordered, "alpha_pattern", config_file);
     const double rank = fields.number("r", 8), alpha = fields.number("lora_alpha", 8);
     const bool root = fields.flag("use_rslora");
     for (const auto& [module, pair] : pairs) {

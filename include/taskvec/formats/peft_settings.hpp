@@ -84,12 +84,9 @@ public:
         check_foldable(config_, file_);
         type_ = peft_type_of(config_);
         const peft_fields fields(config_, file_);
-        const auto pattern = [&](const char* field) {
-            return peft_patterns(ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, file_);
-        };
         if (type_ != "ADALORA") { // whose rank_pattern has masks
-            ranks_ = pattern("rank_pattern");
-            alphas_ = pattern("alpha_pattern");
+            ranks_ = peft_patterns(ordered, "rank_pattern", file_);
+            alphas_ = peft_patterns(ordered, "alpha_pattern", file_);
         }
         const bool loha_or_lokr = type_ == "LOHA" || type_ == "LOKR";
         rank_ = fields.number("r", 8);
