@@ -13156,6 +13156,13 @@ template <class T>
     return x;
 }
 
+/// A stored tensor, copied as it is.
+[[nodiscard]] inline peft_tensor carried_tensor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
+    return {entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)};
+}
+
 /// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
 [[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
 {
@@ -13291,9 +13298,7 @@ template <arithmetic_element T = float>
                     options.whole_modules_word, "), or remove it"),
                 model_file);
         }
-        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
-        adapter.others.emplace(
-            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+        adapter.others.emplace(name, detail::carried_tensor(file, *entry));
     }
 
     const auto ordered = nlohmann::ordered_json::parse(text);
@@ -14987,9 +14992,7 @@ template <arithmetic_element T = float>
             continue;
         }
         if (found.role == role::base_copy) {
-            const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
-            adapter.copies.emplace(found.module + ".weight",
-                peft_tensor{entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)});
+            adapter.copies.emplace(found.module + ".weight", detail::carried_tensor(file, entry));
             continue;
         }
         // Embeddings that PEFT saves whole bring their magnitudes once more, under another name.
@@ -15227,11 +15230,7 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
             " modules: it is taken to be the rank, a scaling of 1"));
     }
-    for (const auto& [name, entry] : wholes) {
-        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
-        adapter.wholes.emplace(
-            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
-    }
+    for (const auto& [name, entry] : wholes) { adapter.wholes.emplace(name, detail::carried_tensor(file, *entry)); }
     file.map().check_unchanged();
     if (configuration) { configuration->check_unchanged(); } // of one pair: another run may have replaced both
     return adapter;

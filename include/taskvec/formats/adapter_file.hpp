@@ -144,9 +144,7 @@ template <arithmetic_element T = float>
             continue;
         }
         if (found.role == role::base_copy) {
-            const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
-            adapter.copies.emplace(found.module + ".weight",
-                peft_tensor{entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)});
+            adapter.copies.emplace(found.module + ".weight", detail::carried_tensor(file, entry));
             continue;
         }
         // Embeddings that PEFT saves whole bring their magnitudes once more, under another name.
@@ -384,11 +382,7 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
             " modules: it is taken to be the rank, a scaling of 1"));
     }
-    for (const auto& [name, entry] : wholes) {
-        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
-        adapter.wholes.emplace(
-            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
-    }
+    for (const auto& [name, entry] : wholes) { adapter.wholes.emplace(name, detail::carried_tensor(file, *entry)); }
     file.map().check_unchanged();
     if (configuration) { configuration->check_unchanged(); } // of one pair: another run may have replaced both
     return adapter;

@@ -468,6 +468,13 @@ template <class T>
     return x;
 }
 
+/// A stored tensor, copied as it is.
+[[nodiscard]] inline peft_tensor carried_tensor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
+    return {entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)};
+}
+
 /// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
 [[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
 {
@@ -603,9 +610,7 @@ template <arithmetic_element T = float>
                     options.whole_modules_word, "), or remove it"),
                 model_file);
         }
-        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
-        adapter.others.emplace(
-            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+        adapter.others.emplace(name, detail::carried_tensor(file, *entry));
     }
 
     const auto ordered = nlohmann::ordered_json::parse(text);
