@@ -12922,6 +12922,31 @@ private:
     const std::string& file_;
 };
 
+/// adapter_config.json as it was read. Throws what read_text_file() and parse_json() throw; format_error where it is no
+/// JSON object.
+class peft_config_file {
+public:
+    explicit peft_config_file(const std::filesystem::path& path)
+        : map_(path)
+        , name_(path.string())
+        , text_(read_text_file(path))
+        , fields_(parse_json(text_, name_))
+    {
+        if (!fields_.is_object()) { raise<format_error>(error_code::adapter_config, "is not a JSON object", name_); }
+    }
+    [[nodiscard]] const nlohmann::json& fields() const& noexcept { return fields_; }
+    void fields() const&& = delete; // name the owner first: the reference would dangle
+    /// The fields in file order, which decides between patterns.
+    [[nodiscard]] nlohmann::ordered_json ordered() const { return nlohmann::ordered_json::parse(text_); }
+    /// Throws io_error where the file is no longer what was read.
+    void check_unchanged() const { map_.check_unchanged(); }
+
+private:
+    mapped_file map_;
+    std::string name_, text_;
+    nlohmann::json fields_;
+};
+
 /// Fields of a configuration that, where they say something, make an adapter another thing than a change of each weight
 /// by itself, whoever reads it, and what each does.
 inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_updates{
@@ -13217,14 +13242,10 @@ template <arithmetic_element T = float>
     }
     const auto config_path = directory / peft_config_name;
     const std::string config_file = config_path.string();
-    const mapped_file configuration(config_path);
-    const std::string text = read_text_file(config_path);
+    const detail::peft_config_file configuration(config_path);
     peft_adapter<T> adapter;
     adapter.label = directory.string();
-    adapter.config = parse_json(text, config_file);
-    if (!adapter.config.is_object()) {
-        raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
-    }
+    adapter.config = configuration.fields();
     detail::check_plain_lora(adapter.config, config_file, options);
     const auto stored = peft_tensor_file(directory);
     const safetensors_file file = detail::open_weights(stored, adapter.notes);
@@ -13301,7 +13322,7 @@ template <arithmetic_element T = float>
         adapter.others.emplace(name, detail::carried_tensor(file, *entry));
     }
 
-    const auto ordered = nlohmann::ordered_json::parse(text);
+    const auto ordered = configuration.ordered();
     detail::peft_patterns ranks(ordered, "rank_pattern", config_file), alphas(ordered, "alpha_pattern", config_file);
     const double rank = fields.number("r", 8), alpha = fields.number("lora_alpha", 8);
     const bool root = fields.flag("use_rslora");
@@ -14918,15 +14939,10 @@ template <arithmetic_element T = float>
     const std::string config_file = config_path.string();
     const bool may_have_config = std::filesystem::is_directory(path, ignored)
         || adapter.file.filename() == peft_model_name || adapter.file.filename() == peft_pickle_name;
-    std::string text;
-    std::optional<mapped_file> configuration;
+    std::optional<detail::peft_config_file> configuration;
     if (may_have_config && std::filesystem::exists(config_path, ignored)) {
         configuration.emplace(config_path);
-        text = read_text_file(config_path);
-        adapter.config = parse_json(text, config_file);
-        if (!adapter.config.is_object()) {
-            raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
-        }
+        adapter.config = configuration->fields();
     }
 
     std::map<std::string, detail::adapter_parts> parts;
@@ -15030,7 +15046,7 @@ template <arithmetic_element T = float>
                 where);
         }
     }
-    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
+    const bool peft_config = configuration && (*dialect == adapter_dialect::peft);
     if (parts.empty() && adapter.copies.empty()) {
         if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
         const auto type = adapter.config.find("fine_tune_type");
@@ -15047,11 +15063,11 @@ template <arithmetic_element T = float>
     std::map<std::string, detail::peft_settings> settings; // by component; all are under "" outside diffusers
     const auto kept = file.metadata().find(detail::diffusers_metadata_key);
     if (peft_config) {
-        const auto& all = settings
-                              .emplace("",
-                                  detail::peft_settings(adapter.config, nlohmann::ordered_json::parse(text),
-                                      peft_config_name, config_file))
-                              .first->second;
+        const auto& all =
+            settings
+                .emplace(
+                    "", detail::peft_settings(adapter.config, configuration->ordered(), peft_config_name, config_file))
+                .first->second;
         adapter.fan_in_fan_out = all.flag("fan_in_fan_out");
         adapter.tied = all.flag("ensure_weight_tying");
     }
@@ -15095,7 +15111,7 @@ template <arithmetic_element T = float>
         };
         mlx_scale = number("scale");
         mlx_rank = number("rank");
-        if (!mlx_scale && !text.empty()) {
+        if (!mlx_scale && configuration) {
             raise<format_error>(error_code::adapter_config,
                 "has no lora_parameters.scale, by which MLX multiplies every update: add the one that it was trained "
                 "with (mlx_lm trains with 20 unless told otherwise)",

@@ -70,15 +70,10 @@ template <arithmetic_element T = float>
     const std::string config_file = config_path.string();
     const bool may_have_config = std::filesystem::is_directory(path, ignored)
         || adapter.file.filename() == peft_model_name || adapter.file.filename() == peft_pickle_name;
-    std::string text;
-    std::optional<mapped_file> configuration;
+    std::optional<detail::peft_config_file> configuration;
     if (may_have_config && std::filesystem::exists(config_path, ignored)) {
         configuration.emplace(config_path);
-        text = read_text_file(config_path);
-        adapter.config = parse_json(text, config_file);
-        if (!adapter.config.is_object()) {
-            raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
-        }
+        adapter.config = configuration->fields();
     }
 
     std::map<std::string, detail::adapter_parts> parts;
@@ -182,7 +177,7 @@ template <arithmetic_element T = float>
                 where);
         }
     }
-    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
+    const bool peft_config = configuration && (*dialect == adapter_dialect::peft);
     if (parts.empty() && adapter.copies.empty()) {
         if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
         const auto type = adapter.config.find("fine_tune_type");
@@ -199,11 +194,11 @@ template <arithmetic_element T = float>
     std::map<std::string, detail::peft_settings> settings; // by component; all are under "" outside diffusers
     const auto kept = file.metadata().find(detail::diffusers_metadata_key);
     if (peft_config) {
-        const auto& all = settings
-                              .emplace("",
-                                  detail::peft_settings(adapter.config, nlohmann::ordered_json::parse(text),
-                                      peft_config_name, config_file))
-                              .first->second;
+        const auto& all =
+            settings
+                .emplace(
+                    "", detail::peft_settings(adapter.config, configuration->ordered(), peft_config_name, config_file))
+                .first->second;
         adapter.fan_in_fan_out = all.flag("fan_in_fan_out");
         adapter.tied = all.flag("ensure_weight_tying");
     }
@@ -247,7 +242,7 @@ template <arithmetic_element T = float>
         };
         mlx_scale = number("scale");
         mlx_rank = number("rank");
-        if (!mlx_scale && !text.empty()) {
+        if (!mlx_scale && configuration) {
             raise<format_error>(error_code::adapter_config,
                 "has no lora_parameters.scale, by which MLX multiplies every update: add the one that it was trained "
                 "with (mlx_lm trains with 20 unless told otherwise)",

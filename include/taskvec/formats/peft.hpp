@@ -234,6 +234,31 @@ private:
     const std::string& file_;
 };
 
+/// adapter_config.json as it was read. Throws what read_text_file() and parse_json() throw; format_error where it is no
+/// JSON object.
+class peft_config_file {
+public:
+    explicit peft_config_file(const std::filesystem::path& path)
+        : map_(path)
+        , name_(path.string())
+        , text_(read_text_file(path))
+        , fields_(parse_json(text_, name_))
+    {
+        if (!fields_.is_object()) { raise<format_error>(error_code::adapter_config, "is not a JSON object", name_); }
+    }
+    [[nodiscard]] const nlohmann::json& fields() const& noexcept { return fields_; }
+    void fields() const&& = delete; // name the owner first: the reference would dangle
+    /// The fields in file order, which decides between patterns.
+    [[nodiscard]] nlohmann::ordered_json ordered() const { return nlohmann::ordered_json::parse(text_); }
+    /// Throws io_error where the file is no longer what was read.
+    void check_unchanged() const { map_.check_unchanged(); }
+
+private:
+    mapped_file map_;
+    std::string name_, text_;
+    nlohmann::json fields_;
+};
+
 /// Fields of a configuration that, where they say something, make an adapter another thing than a change of each weight
 /// by itself, whoever reads it, and what each does.
 inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_updates{
@@ -529,14 +554,10 @@ template <arithmetic_element T = float>
     }
     const auto config_path = directory / peft_config_name;
     const std::string config_file = config_path.string();
-    const mapped_file configuration(config_path);
-    const std::string text = read_text_file(config_path);
+    const detail::peft_config_file configuration(config_path);
     peft_adapter<T> adapter;
     adapter.label = directory.string();
-    adapter.config = parse_json(text, config_file);
-    if (!adapter.config.is_object()) {
-        raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
-    }
+    adapter.config = configuration.fields();
     detail::check_plain_lora(adapter.config, config_file, options);
     const auto stored = peft_tensor_file(directory);
     const safetensors_file file = detail::open_weights(stored, adapter.notes);
@@ -613,7 +634,7 @@ template <arithmetic_element T = float>
         adapter.others.emplace(name, detail::carried_tensor(file, *entry));
     }
 
-    const auto ordered = nlohmann::ordered_json::parse(text);
+    const auto ordered = configuration.ordered();
     detail::peft_patterns ranks(ordered, "rank_pattern", config_file), alphas(ordered, "alpha_pattern", config_file);
     const double rank = fields.number("r", 8), alpha = fields.number("lora_alpha", 8);
     const bool root = fields.flag("use_rslora");
