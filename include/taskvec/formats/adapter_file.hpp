@@ -257,7 +257,6 @@ template <arithmetic_element T = float>
     detail::peft_parameters parameters(
         peft_config ? adapter.config : nlohmann::json::object(), stored_modules, config_file);
     for (const auto& [module, found] : parts) {
-        std::size_t rank = 0;
         const auto parameter = parameters.of(module);
         const auto said = settings_of(parameter.empty() ? module : parameter);
         const bool adalora = said.first && said.first->type() == "ADALORA";
@@ -279,7 +278,7 @@ template <arithmetic_element T = float>
             raise<format_error>(error_code::adapter_tensors,
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
-        auto made = detail::read_module<T>(file, module, found, *dialect, rank);
+        auto [made, rank] = detail::module_reader<T>(file, module, found, *dialect).read();
         if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
         std::size_t matrices = 1;
         if (!parameter.empty()) {

@@ -49,6 +49,34 @@ struct adapter_role {
     std::optional<adapter_dialect> dialect{}; ///< nothing: it may be any
 };
 
+/// What an update is made of.
+enum class factor_form { lora, embedding, loha, lokr };
+
+/// The form that a tensor is a factor of; nothing: it stands beside factors, or is none.
+[[nodiscard]] constexpr std::optional<factor_form> form_of(adapter_role::what role) noexcept
+{
+    switch (role) {
+    case adapter_role::a:
+    case adapter_role::b: return factor_form::lora;
+    case adapter_role::embedding_a:
+    case adapter_role::embedding_b: return factor_form::embedding;
+    case adapter_role::hada_w1_a:
+    case adapter_role::hada_w1_b:
+    case adapter_role::hada_w2_a:
+    case adapter_role::hada_w2_b:
+    case adapter_role::hada_t1:
+    case adapter_role::hada_t2: return factor_form::loha;
+    case adapter_role::lokr_w1:
+    case adapter_role::lokr_w1_a:
+    case adapter_role::lokr_w1_b:
+    case adapter_role::lokr_w2:
+    case adapter_role::lokr_w2_a:
+    case adapter_role::lokr_w2_b:
+    case adapter_role::lokr_t2: return factor_form::lokr;
+    default: return std::nullopt;
+    }
+}
+
 /// A module as diffusers calls it today: without ".processor", the list that to_out is by its first, and the attention
 /// of text encoders as transformers has it.
 [[nodiscard]] inline std::string current_module(std::string module)
