@@ -14170,6 +14170,188 @@ enum class factor_form { lora, embedding, loha, lokr };
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_ROLES_HPP
 
+// ---- taskvec/formats/adapter_tensors.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_TENSORS_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_TENSORS_HPP
+// The tensors of an adapter's file, sorted by what they are, and the dialect that they are of.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// The tensors of one module.
+struct adapter_parts {
+    std::map<adapter_role::what, const safetensors_entry*> tensors{};
+    [[nodiscard]] const safetensors_entry* get(adapter_role::what which) const
+    {
+        const auto place = tensors.find(which);
+        return place == tensors.end() ? nullptr : place->second;
+    }
+};
+
+/// The tensors of a file by what they are. Refers to the file.
+struct adapter_tensors {
+    std::map<std::string, adapter_parts> parts{}; ///< factors, and what belongs to them, by module
+    std::vector<std::pair<std::string, const safetensors_entry*>> wholes{}; ///< trained whole, under the base's names
+    std::vector<std::pair<std::string, const safetensors_entry*>> copies{}; ///< of weights of the base, likewise
+    adapter_dialect dialect = adapter_dialect::peft;
+
+    /// The modules that have parts.
+    [[nodiscard]] std::vector<std::string> modules() const
+    {
+        std::vector<std::string> names;
+        for (const auto& one : parts) { names.push_back(one.first); }
+        return names;
+    }
+};
+
+/// Sorts the tensors of one file. For one call of sort().
+class adapter_sorter {
+public:
+    explicit adapter_sorter(const safetensors_file& file)
+        : file_(file)
+        , where_(file.path().string())
+    { }
+    /// Throws format_error for a tensor that is no part of an adapter, or is there twice; more dialects, or adapters,
+    /// than one.
+    [[nodiscard]] adapter_tensors sort()
+    {
+        const auto& entries = file_.entries();
+        const bool prefixed = std::any_of(
+            entries.begin(), entries.end(), [](const auto& entry) { return entry.name.starts_with(peft_prefix); });
+        for (const auto& entry : entries) {
+            const auto found = role_of(prefixed ? without_prefix(entry) : std::string_view(entry.name));
+            if (found.role == role::ignored) { continue; }
+            check_known(found, entry);
+            check_dialect(found, entry);
+            check_adapter(found);
+            put(found, entry);
+        }
+        settle_dialect();
+        if (sorted_.dialect == adapter_dialect::mlx) { take_mlx_magnitudes(); }
+        return std::move(sorted_);
+    }
+
+private:
+    using role = adapter_role;
+
+    template <class... Parts>
+    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
+    {
+        raise<format_error>(code, message(parts...), where_);
+    }
+    [[nodiscard]] std::string_view without_prefix(const safetensors_entry& entry) const
+    {
+        const std::string_view name = entry.name;
+        if (!name.starts_with(peft_prefix)) {
+            refuse(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
+                "' as others of it do");
+        }
+        return name.substr(peft_prefix.size());
+    }
+    void check_known(const adapter_role& found, const safetensors_entry& entry) const
+    {
+        if (found.role == role::unknown) {
+            refuse(error_code::adapter_unsupported, "tensor '", entry.name,
+                "' is no part of a LoRA, AdaLoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what wrote "
+                "it");
+        }
+    }
+    /// diffusers writes PEFT's names too, under the names of its components.
+    [[nodiscard]] static bool of_diffusers(adapter_dialect dialect, std::string_view name)
+    {
+        return (dialect == adapter_dialect::peft || dialect == adapter_dialect::diffusers)
+            && !component_of(name).empty();
+    }
+    /// Learns the dialect from the names of factors.
+    void check_dialect(const adapter_role& found, const safetensors_entry& entry)
+    {
+        const bool stored_whole =
+            found.role == role::whole || found.role == role::base_copy || found.role == role::trained_bias;
+        if (!found.dialect || stored_whole) { return; }
+        if (!dialect_) {
+            dialect_ = found.dialect;
+            first_name_ = entry.name;
+        }
+        if (*dialect_ == *found.dialect) { return; }
+        if (!of_diffusers(*dialect_, first_name_) || !of_diffusers(*found.dialect, entry.name)) {
+            refuse(error_code::adapter_tensors, "mixes dialects: '", first_name_, "' is ", to_string(*dialect_),
+                "'s, and '", entry.name, "' ", to_string(*found.dialect), "'s; split the file, or save it anew");
+        }
+        dialect_ = adapter_dialect::diffusers;
+    }
+    void check_adapter(const adapter_role& found)
+    {
+        if (found.adapter.empty()) { return; }
+        if (!adapter_.empty() && found.adapter != adapter_) {
+            refuse(error_code::adapter_tensors, "holds the adapters '", adapter_, "' and '", found.adapter,
+                "': save each into a file of its own");
+        }
+        adapter_ = found.adapter;
+    }
+    void put(const adapter_role& found, const safetensors_entry& entry)
+    {
+        switch (found.role) {
+        case role::whole: sorted_.wholes.emplace_back(found.module, &entry); break;
+        case role::trained_bias: sorted_.wholes.emplace_back(found.module + ".bias", &entry); break;
+        case role::base_copy: sorted_.copies.emplace_back(found.module + ".weight", &entry); break;
+        default: put_part(found, entry);
+        }
+    }
+    void put_part(const adapter_role& found, const safetensors_entry& entry)
+    {
+        const auto [place, is_first] = sorted_.parts[found.module].tensors.emplace(found.role, &entry);
+        if (is_first) { return; }
+        // Embeddings that PEFT saves whole bring their magnitudes once more, under another name.
+        const auto& first = *place->second;
+        const bool once_more = first.dtype == entry.dtype && first.shape == entry.shape
+            && std::memcmp(file_.tensor(first).data, file_.tensor(entry).data, entry.bytes) == 0;
+        if (!once_more) {
+            refuse(error_code::adapter_tensors, "tensor '", entry.name, "' is the second such factor of its module");
+        }
+    }
+    /// Names of LoHa and LoKr do not tell it, but for kohya's underscores.
+    void settle_dialect()
+    {
+        const bool underscored = std::any_of(sorted_.parts.begin(), sorted_.parts.end(),
+            [](const auto& one) { return !kohya_component_of(one.first).prefix.empty(); });
+        sorted_.dialect = dialect_.value_or(underscored ? adapter_dialect::kohya : adapter_dialect::peft);
+    }
+    /// MLX's DoRA keeps the magnitudes of a module as MODULE.m.
+    void take_mlx_magnitudes()
+    {
+        std::erase_if(sorted_.wholes, [&](const auto& one) {
+            const auto& name = one.first;
+            if (!name.ends_with(".m")) { return false; }
+            const auto module = sorted_.parts.find(name.substr(0, name.size() - 2));
+            return module != sorted_.parts.end() && module->second.tensors.emplace(role::magnitude, one.second).second;
+        });
+    }
+
+    const safetensors_file& file_;
+    std::string where_;
+    adapter_tensors sorted_{};
+    std::optional<adapter_dialect> dialect_{}; ///< nothing: no name has told it yet
+    std::string first_name_{}; ///< that told it
+    std::string adapter_{}; ///< the name of the adapter, where names of tensors have it
+};
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_TENSORS_HPP
+
 // ---- taskvec/formats/factor_products.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_FACTOR_PRODUCTS_HPP)
 #define TASKVEC_SINGLE_FORMATS_FACTOR_PRODUCTS_HPP
@@ -14269,7 +14451,6 @@ template <class T>
 #include <algorithm>
 #include <cstddef>
 #include <initializer_list>
-#include <map>
 #include <set>
 #include <string>
 #include <string_view>
@@ -14278,16 +14459,6 @@ template <class T>
 namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
-
-/// The tensors of one module.
-struct adapter_parts {
-    std::map<adapter_role::what, const safetensors_entry*> tensors{};
-    [[nodiscard]] const safetensors_entry* get(adapter_role::what which) const
-    {
-        const auto place = tensors.find(which);
-        return place == tensors.end() ? nullptr : place->second;
-    }
-};
 
 /// A module as its tensors say it.
 template <class T>
@@ -15008,10 +15179,8 @@ private:
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_PEFT_SETTINGS_HPP
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstring>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -15073,93 +15242,9 @@ template <arithmetic_element T = float>
         adapter.config = configuration->fields();
     }
 
-    std::map<std::string, detail::adapter_parts> parts;
-    std::optional<adapter_dialect> dialect;
-    std::string first_name, first_adapter;
-    bool any_adapter = false;
-    std::vector<std::pair<std::string, const safetensors_entry*>> wholes;
-    std::size_t prefixed = 0;
-    for (const auto& entry : file.entries()) { prefixed += entry.name.starts_with(peft_prefix) ? 1u : 0u; }
-    for (const auto& entry : file.entries()) {
-        std::string_view name = entry.name;
-        if (prefixed > 0) {
-            if (!name.starts_with(peft_prefix)) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("tensor '", entry.name, "' does not begin with '", peft_prefix, "' as others of it do"),
-                    where);
-            }
-            name.remove_prefix(peft_prefix.size());
-        }
-        auto found = detail::role_of(name);
-        if (found.role == role::ignored) { continue; }
-        if (found.role == role::unknown) {
-            raise<format_error>(error_code::adapter_unsupported,
-                message("tensor '", entry.name,
-                    "' is no part of a LoRA, AdaLoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what "
-                    "wrote it"),
-                where);
-        }
-        if (found.dialect && found.role != role::whole && found.role != role::base_copy
-            && found.role != role::trained_bias) {
-            // diffusers writes PEFT's names too, under the names of its components
-            const auto of_diffusers = [](adapter_dialect one) {
-                return one == adapter_dialect::peft || one == adapter_dialect::diffusers;
-            };
-            const bool one_file = dialect && of_diffusers(*dialect) && of_diffusers(*found.dialect)
-                && !detail::component_of(first_name).empty() && !detail::component_of(entry.name).empty();
-            if (one_file) { found.dialect = *dialect == *found.dialect ? *dialect : adapter_dialect::diffusers; }
-            else if (dialect && *dialect != *found.dialect) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("mixes dialects: '", first_name, "' is ", to_string(*dialect), "'s, and '", entry.name,
-                        "' ", to_string(*found.dialect), "'s; split the file, or save it anew"),
-                    where);
-            }
-            if (!dialect) { first_name = entry.name; }
-            dialect = found.dialect;
-        }
-        if (!found.adapter.empty()) {
-            if (any_adapter && found.adapter != first_adapter) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("holds the adapters '", first_adapter, "' and '", found.adapter,
-                        "': save each into a file of its own"),
-                    where);
-            }
-            first_adapter = found.adapter;
-            any_adapter = true;
-        }
-        if (found.role == role::whole) {
-            wholes.emplace_back(found.module, &entry);
-            continue;
-        }
-        if (found.role == role::trained_bias) {
-            wholes.emplace_back(found.module + ".bias", &entry);
-            continue;
-        }
-        if (found.role == role::base_copy) {
-            adapter.copies.emplace(found.module + ".weight", detail::carried_tensor(file, entry));
-            continue;
-        }
-        // Embeddings that PEFT saves whole bring their magnitudes once more, under another name.
-        const auto [place, is_first] = parts[found.module].tensors.emplace(found.role, &entry);
-        const auto& first = *place->second;
-        const bool once_more = !is_first && first.dtype == entry.dtype && first.shape == entry.shape
-            && std::memcmp(file.tensor(first).data, file.tensor(entry).data, entry.bytes) == 0;
-        if (!is_first && !once_more) {
-            raise<format_error>(error_code::adapter_tensors,
-                message("tensor '", entry.name, "' is the second such factor of its module"), where);
-        }
-    }
-    const bool underscored = std::any_of(parts.begin(), parts.end(),
-        [](const auto& one) { return !detail::kohya_component_of(one.first).prefix.empty(); });
-    if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
-    adapter.dialect = *dialect;
-    if (*dialect == adapter_dialect::mlx) { // its DoRA keeps the magnitudes of a module as MODULE.m
-        std::erase_if(wholes, [&](const auto& one) {
-            const auto& name = one.first;
-            if (!name.ends_with(".m")) { return false; }
-            const auto module = parts.find(name.substr(0, name.size() - 2));
-            return module != parts.end() && module->second.tensors.emplace(role::magnitude, one.second).second;
-        });
+    const auto [parts, wholes, copies, dialect] = detail::adapter_sorter(file).sort();
+    adapter.dialect = dialect;
+    if (dialect == adapter_dialect::mlx) {
         const auto* const type = detail::peft_fields(adapter.config, config_file).find("fine_tune_type");
         for (const auto& [module, found] : parts) {
             const bool rescaled = found.get(role::magnitude) != nullptr;
@@ -15174,8 +15259,8 @@ template <arithmetic_element T = float>
                 where);
         }
     }
-    const bool peft_config = configuration && (*dialect == adapter_dialect::peft);
-    if (parts.empty() && adapter.copies.empty()) {
+    const bool peft_config = configuration && dialect == adapter_dialect::peft;
+    if (parts.empty() && copies.empty()) {
         if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
         const auto type = adapter.config.find("fine_tune_type");
         const bool full = type != adapter.config.end() && *type == "full";
@@ -15200,7 +15285,7 @@ template <arithmetic_element T = float>
         adapter.tied = all.flag("ensure_weight_tying");
     }
     else if (kept != file.metadata().end()
-        && (*dialect == adapter_dialect::peft || *dialect == adapter_dialect::diffusers)) {
+        && (dialect == adapter_dialect::peft || dialect == adapter_dialect::diffusers)) {
         settings = detail::diffusers_settings(kept->second, where);
         adapter.dialect = adapter_dialect::diffusers;
     }
@@ -15217,7 +15302,7 @@ template <arithmetic_element T = float>
     };
     std::optional<double> mlx_scale;
     std::optional<double> mlx_rank;
-    if (*dialect == adapter_dialect::mlx) {
+    if (dialect == adapter_dialect::mlx) {
         std::vector<std::string> names;
         for (const auto& one : parts) { names.push_back(one.first); }
         for (const auto& key : detail::check_mlx_targets(adapter.config, names, config_file)) {
@@ -15275,7 +15360,7 @@ template <arithmetic_element T = float>
             raise<format_error>(error_code::adapter_tensors,
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
-        auto [made, rank] = detail::module_reader<T>(file, module, found, *dialect).read();
+        auto [made, rank] = detail::module_reader<T>(file, module, found, dialect).read();
         if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
         std::size_t matrices = 1;
         if (!parameter.empty()) {
@@ -15364,7 +15449,7 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),
             " modules at rank 0, to which AdaLoRA has cut them: they change nothing"));
     }
-    if (without_alpha > 0 && *dialect == adapter_dialect::mlx) {
+    if (without_alpha > 0 && dialect == adapter_dialect::mlx) {
         adapter.notes.push_back(message(adapter.label, " has no ", peft_config_name,
             " beside it, whose lora_parameters.scale multiplies every update: the scale is taken to be 1, and mlx_lm "
             "trains with 20 unless told otherwise"));
@@ -15373,6 +15458,7 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
             " modules: it is taken to be the rank, a scaling of 1"));
     }
+    for (const auto& [name, entry] : copies) { adapter.copies.emplace(name, detail::carried_tensor(file, *entry)); }
     for (const auto& [name, entry] : wholes) { adapter.wholes.emplace(name, detail::carried_tensor(file, *entry)); }
     file.map().check_unchanged();
     if (configuration) { configuration->check_unchanged(); } // of one pair: another run may have replaced both

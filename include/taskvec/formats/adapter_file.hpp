@@ -6,15 +6,13 @@
 #include <taskvec/formats/adapter_gguf.hpp>
 #include <taskvec/formats/adapter_modules.hpp>
 #include <taskvec/formats/adapter_roles.hpp>
-#include <taskvec/formats/factor_products.hpp>
+#include <taskvec/formats/adapter_tensors.hpp>
 #include <taskvec/formats/mlx_settings.hpp>
 #include <taskvec/formats/peft_parameters.hpp>
 #include <taskvec/formats/peft_settings.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstring>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -76,93 +74,9 @@ template <arithmetic_element T = float>
         adapter.config = configuration->fields();
     }
 
-    std::map<std::string, detail::adapter_parts> parts;
-    std::optional<adapter_dialect> dialect;
-    std::string first_name, first_adapter;
-    bool any_adapter = false;
-    std::vector<std::pair<std::string, const safetensors_entry*>> wholes;
-    std::size_t prefixed = 0;
-    for (const auto& entry : file.entries()) { prefixed += entry.name.starts_with(peft_prefix) ? 1u : 0u; }
-    for (const auto& entry : file.entries()) {
-        std::string_view name = entry.name;
-        if (prefixed > 0) {
-            if (!name.starts_with(peft_prefix)) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("tensor '", entry.name, "' does not begin with '", peft_prefix, "' as others of it do"),
-                    where);
-            }
-            name.remove_prefix(peft_prefix.size());
-        }
-        auto found = detail::role_of(name);
-        if (found.role == role::ignored) { continue; }
-        if (found.role == role::unknown) {
-            raise<format_error>(error_code::adapter_unsupported,
-                message("tensor '", entry.name,
-                    "' is no part of a LoRA, AdaLoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what "
-                    "wrote it"),
-                where);
-        }
-        if (found.dialect && found.role != role::whole && found.role != role::base_copy
-            && found.role != role::trained_bias) {
-            // diffusers writes PEFT's names too, under the names of its components
-            const auto of_diffusers = [](adapter_dialect one) {
-                return one == adapter_dialect::peft || one == adapter_dialect::diffusers;
-            };
-            const bool one_file = dialect && of_diffusers(*dialect) && of_diffusers(*found.dialect)
-                && !detail::component_of(first_name).empty() && !detail::component_of(entry.name).empty();
-            if (one_file) { found.dialect = *dialect == *found.dialect ? *dialect : adapter_dialect::diffusers; }
-            else if (dialect && *dialect != *found.dialect) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("mixes dialects: '", first_name, "' is ", to_string(*dialect), "'s, and '", entry.name,
-                        "' ", to_string(*found.dialect), "'s; split the file, or save it anew"),
-                    where);
-            }
-            if (!dialect) { first_name = entry.name; }
-            dialect = found.dialect;
-        }
-        if (!found.adapter.empty()) {
-            if (any_adapter && found.adapter != first_adapter) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("holds the adapters '", first_adapter, "' and '", found.adapter,
-                        "': save each into a file of its own"),
-                    where);
-            }
-            first_adapter = found.adapter;
-            any_adapter = true;
-        }
-        if (found.role == role::whole) {
-            wholes.emplace_back(found.module, &entry);
-            continue;
-        }
-        if (found.role == role::trained_bias) {
-            wholes.emplace_back(found.module + ".bias", &entry);
-            continue;
-        }
-        if (found.role == role::base_copy) {
-            adapter.copies.emplace(found.module + ".weight", detail::carried_tensor(file, entry));
-            continue;
-        }
-        // Embeddings that PEFT saves whole bring their magnitudes once more, under another name.
-        const auto [place, is_first] = parts[found.module].tensors.emplace(found.role, &entry);
-        const auto& first = *place->second;
-        const bool once_more = !is_first && first.dtype == entry.dtype && first.shape == entry.shape
-            && std::memcmp(file.tensor(first).data, file.tensor(entry).data, entry.bytes) == 0;
-        if (!is_first && !once_more) {
-            raise<format_error>(error_code::adapter_tensors,
-                message("tensor '", entry.name, "' is the second such factor of its module"), where);
-        }
-    }
-    const bool underscored = std::any_of(parts.begin(), parts.end(),
-        [](const auto& one) { return !detail::kohya_component_of(one.first).prefix.empty(); });
-    if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
-    adapter.dialect = *dialect;
-    if (*dialect == adapter_dialect::mlx) { // its DoRA keeps the magnitudes of a module as MODULE.m
-        std::erase_if(wholes, [&](const auto& one) {
-            const auto& name = one.first;
-            if (!name.ends_with(".m")) { return false; }
-            const auto module = parts.find(name.substr(0, name.size() - 2));
-            return module != parts.end() && module->second.tensors.emplace(role::magnitude, one.second).second;
-        });
+    const auto [parts, wholes, copies, dialect] = detail::adapter_sorter(file).sort();
+    adapter.dialect = dialect;
+    if (dialect == adapter_dialect::mlx) {
         const auto* const type = detail::peft_fields(adapter.config, config_file).find("fine_tune_type");
         for (const auto& [module, found] : parts) {
             const bool rescaled = found.get(role::magnitude) != nullptr;
@@ -177,8 +91,8 @@ template <arithmetic_element T = float>
                 where);
         }
     }
-    const bool peft_config = configuration && (*dialect == adapter_dialect::peft);
-    if (parts.empty() && adapter.copies.empty()) {
+    const bool peft_config = configuration && dialect == adapter_dialect::peft;
+    if (parts.empty() && copies.empty()) {
         if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
         const auto type = adapter.config.find("fine_tune_type");
         const bool full = type != adapter.config.end() && *type == "full";
@@ -203,7 +117,7 @@ template <arithmetic_element T = float>
         adapter.tied = all.flag("ensure_weight_tying");
     }
     else if (kept != file.metadata().end()
-        && (*dialect == adapter_dialect::peft || *dialect == adapter_dialect::diffusers)) {
+        && (dialect == adapter_dialect::peft || dialect == adapter_dialect::diffusers)) {
         settings = detail::diffusers_settings(kept->second, where);
         adapter.dialect = adapter_dialect::diffusers;
     }
@@ -220,7 +134,7 @@ template <arithmetic_element T = float>
     };
     std::optional<double> mlx_scale;
     std::optional<double> mlx_rank;
-    if (*dialect == adapter_dialect::mlx) {
+    if (dialect == adapter_dialect::mlx) {
         std::vector<std::string> names;
         for (const auto& one : parts) { names.push_back(one.first); }
         for (const auto& key : detail::check_mlx_targets(adapter.config, names, config_file)) {
@@ -278,7 +192,7 @@ template <arithmetic_element T = float>
             raise<format_error>(error_code::adapter_tensors,
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
-        auto [made, rank] = detail::module_reader<T>(file, module, found, *dialect).read();
+        auto [made, rank] = detail::module_reader<T>(file, module, found, dialect).read();
         if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
         std::size_t matrices = 1;
         if (!parameter.empty()) {
@@ -367,7 +281,7 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),
             " modules at rank 0, to which AdaLoRA has cut them: they change nothing"));
     }
-    if (without_alpha > 0 && *dialect == adapter_dialect::mlx) {
+    if (without_alpha > 0 && dialect == adapter_dialect::mlx) {
         adapter.notes.push_back(message(adapter.label, " has no ", peft_config_name,
             " beside it, whose lora_parameters.scale multiplies every update: the scale is taken to be 1, and mlx_lm "
             "trains with 20 unless told otherwise"));
@@ -376,6 +290,7 @@ template <arithmetic_element T = float>
         adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
             " modules: it is taken to be the rank, a scaling of 1"));
     }
+    for (const auto& [name, entry] : copies) { adapter.copies.emplace(name, detail::carried_tensor(file, *entry)); }
     for (const auto& [name, entry] : wholes) { adapter.wholes.emplace(name, detail::carried_tensor(file, *entry)); }
     file.map().check_unchanged();
     if (configuration) { configuration->check_unchanged(); } // of one pair: another run may have replaced both

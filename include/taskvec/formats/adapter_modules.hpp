@@ -4,12 +4,12 @@
 
 #include <taskvec/formats/adapter_contents.hpp>
 #include <taskvec/formats/adapter_roles.hpp>
+#include <taskvec/formats/adapter_tensors.hpp>
 #include <taskvec/formats/factor_products.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <initializer_list>
-#include <map>
 #include <set>
 #include <string>
 #include <string_view>
@@ -18,16 +18,6 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
-
-/// The tensors of one module.
-struct adapter_parts {
-    std::map<adapter_role::what, const safetensors_entry*> tensors{};
-    [[nodiscard]] const safetensors_entry* get(adapter_role::what which) const
-    {
-        const auto place = tensors.find(which);
-        return place == tensors.end() ? nullptr : place->second;
-    }
-};
 
 /// A module as its tensors say it.
 template <class T>
