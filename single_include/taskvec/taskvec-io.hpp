@@ -13979,6 +13979,13 @@ template <arithmetic_element T = float>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP
 
+// ---- taskvec/formats/adapter_reader.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_READER_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_READER_HPP
+// An adapter from its file of tensors and the configuration beside it, whatever dialect the two are of.
+// SPDX-License-Identifier: Apache-2.0
+
+
 // ---- taskvec/formats/adapter_modules.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP)
 #define TASKVEC_SINGLE_FORMATS_ADAPTER_MODULES_HPP
@@ -14880,6 +14887,57 @@ struct mlx_targets {
         file);
 }
 
+/// What fine_tune_type says of a module, which is `rescaled` where it has the magnitudes of DoRA. Throws format_error
+/// where the two differ; `where` is the file of tensors.
+inline void check_mlx_type(
+    const nlohmann::json& config, const std::string& module, bool rescaled, const std::string& where)
+{
+    const auto* const type = peft_fields(config, where).find("fine_tune_type");
+    if (!type || *type == (rescaled ? "dora" : "lora")) { return; }
+    raise<format_error>(error_code::adapter_tensors,
+        *type == "dora" ? message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
+                              " says fine_tune_type dora, which rescales every module by them: save the adapter anew")
+                        : message("module '", module, "' has ", rescaled ? "magnitudes ('" : "factors",
+                              rescaled ? module + ".m')" : "", ", but ", peft_config_name, " says fine_tune_type ",
+                              peft_fields::shown(*type), ", by which MLX reads none: correct one of them"),
+        where);
+}
+
+/// How strong MLX's configuration makes the updates of all modules.
+struct mlx_strength {
+    std::optional<double> scale{}; ///< that multiplies every update; nothing: there is no configuration
+    std::optional<double> rank{}; ///< that it was trained with, where it says so
+
+    mlx_strength() = default;
+    /// Throws format_error for fields of other types, and where there is no scale.
+    mlx_strength(const nlohmann::json& config, const std::string& file)
+        : scale(number(config, "scale", file))
+        , rank(number(config, "rank", file))
+    {
+        if (!scale) {
+            raise<format_error>(error_code::adapter_config,
+                "has no lora_parameters.scale, by which MLX multiplies every update: add the one that it was trained "
+                "with (mlx_lm trains with 20 unless told otherwise)",
+                file);
+        }
+    }
+
+private:
+    [[nodiscard]] static std::optional<double> number(
+        const nlohmann::json& config, const char* field, const std::string& file)
+    {
+        const auto given = config.find("lora_parameters");
+        if (given == config.end() || !given->is_object()) { return std::nullopt; }
+        const auto value = given->find(field);
+        if (value == given->end()) { return std::nullopt; }
+        if (!value->is_number()) {
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.", field, " is ", peft_fields::shown(*value), "; expected a number"), file);
+        }
+        return value->get<double>();
+    }
+};
+
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -14908,6 +14966,7 @@ namespace detail {
 /// those of the one before it, in the order in which the model has them.
 class peft_parameters {
 public:
+    peft_parameters() = default;
     /// `modules`: all that the file has. Throws format_error for a field of another type.
     peft_parameters(const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
         : file_(file)
@@ -14979,8 +15038,7 @@ public:
 
 private:
     std::string file_;
-    const std::vector<std::string>& modules_;
-    std::vector<std::string> targets_, used_;
+    std::vector<std::string> modules_, targets_, used_;
 };
 
 /// Splits the factors of a parameter of `count` matrices: those of lora_A stand one below the other, those of lora_B's
@@ -15174,6 +15232,43 @@ private:
     return settings;
 }
 
+/// The configurations of an adapter, and which of them says what of a module.
+class component_settings {
+public:
+    component_settings() = default;
+    /// One for all modules.
+    explicit component_settings(peft_settings all) { settings_.emplace("", std::move(all)); }
+    /// One for each component, as diffusers_settings() has them.
+    explicit component_settings(std::map<std::string, peft_settings> settings)
+        : settings_(std::move(settings))
+    { }
+
+    /// What one configuration says of a module.
+    struct of_module {
+        peft_settings* settings = nullptr; ///< nullptr: none is about it
+        std::string name{}; ///< what it calls the module
+        explicit operator bool() const noexcept { return settings != nullptr; }
+    };
+    /// Refers to this.
+    [[nodiscard]] of_module find(const std::string& module)
+    {
+        const std::string component(component_of(module));
+        if (const auto place = settings_.find(component); place != settings_.end()) {
+            return {&place->second, component.empty() ? module : module.substr(component.size() + 1)};
+        }
+        const bool one_for_all = settings_.size() == 1 && settings_.begin()->first.empty();
+        return {one_for_all ? &settings_.begin()->second : nullptr, module};
+    }
+    /// Throws format_error for a pattern that no module had.
+    void check_used() const
+    {
+        for (const auto& one : settings_) { one.second.check_used(); }
+    }
+
+private:
+    std::map<std::string, peft_settings> settings_; // by component; "": of all
+};
+
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -15182,13 +15277,300 @@ private:
 #include <cmath>
 #include <cstddef>
 #include <filesystem>
-#include <map>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// Reads one adapter. For one call of read().
+template <arithmetic_element T>
+class adapter_reader {
+public:
+    /// `path` is what the adapter was named by, and `file` its tensors. Throws what opening the file throws.
+    adapter_reader(const std::filesystem::path& path, const std::filesystem::path& file)
+        : file_(open_weights(file, adapter_.notes))
+        , where_(file.string())
+        , config_name_((file.parent_path() / peft_config_name).string())
+    {
+        adapter_.label = "'" + path.string() + "'";
+        adapter_.file = file;
+        read_configuration(path);
+    }
+    /// Throws what read_adapter() throws.
+    [[nodiscard]] adapter_contents<T> read()
+    {
+        tensors_ = adapter_sorter(file_).sort();
+        modules_ = tensors_.modules();
+        adapter_.dialect = tensors_.dialect;
+        if (is(adapter_dialect::mlx)) { check_mlx_types(); }
+        if (modules_.empty() && tensors_.copies.empty()) { refuse_empty(); }
+        find_settings();
+        if (configuration_ && is(adapter_dialect::mlx)) { find_mlx_strength(); }
+        for (const auto& [module, parts] : tensors_.parts) { read_module(module, parts); }
+        settings_.check_used();
+        parameters_.check_used();
+        if (has_peft_config()) { leave_out(); }
+        note_ranks();
+        note_cuts();
+        note_alphas();
+        copy_tensors();
+        file_.map().check_unchanged();
+        if (configuration_) { configuration_->check_unchanged(); } // of one pair: another run may have replaced both
+        return std::move(adapter_);
+    }
+
+private:
+    using role = adapter_role;
+    using module_settings = component_settings::of_module;
+
+    template <class... Parts>
+    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
+    {
+        raise<format_error>(code, message(parts...), where_);
+    }
+    template <class... Parts>
+    void note(const Parts&... parts)
+    {
+        adapter_.notes.push_back(message(parts...));
+    }
+    /// Whether the file's names are of a dialect.
+    [[nodiscard]] bool is(adapter_dialect dialect) const { return tensors_.dialect == dialect; }
+    [[nodiscard]] bool has_peft_config() const { return configuration_ && is(adapter_dialect::peft); }
+
+    /// Directories have a configuration, and so do files that are called as those in them.
+    void read_configuration(const std::filesystem::path& path)
+    {
+        std::error_code ignored;
+        const auto name = adapter_.file.filename();
+        if (!std::filesystem::is_directory(path, ignored) && name != peft_model_name && name != peft_pickle_name) {
+            return;
+        }
+        const auto config = adapter_.file.parent_path() / peft_config_name;
+        if (!std::filesystem::exists(config, ignored)) { return; }
+        configuration_.emplace(config);
+        adapter_.config = configuration_->fields();
+    }
+    void check_mlx_types() const
+    {
+        for (const auto& [module, parts] : tensors_.parts) {
+            check_mlx_type(adapter_.config, module, parts.get(role::magnitude) != nullptr, where_);
+        }
+    }
+    [[noreturn]] void refuse_empty() const
+    {
+        if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // another kind is said by its name
+        const auto type = adapter_.config.find("fine_tune_type");
+        const bool full = type != adapter_.config.end() && *type == "full";
+        refuse(error_code::adapter_tensors, "holds no factors of an adapter",
+            full ? message(", as ", peft_config_name,
+                       " says (fine_tune_type full): put its weights into the model with mlx_lm.fuse and go on with "
+                       "that")
+                 : std::string());
+    }
+    /// What PEFT says of the modules: the configuration beside the file, or what diffusers keeps in its header.
+    void find_settings()
+    {
+        const auto kept = file_.metadata().find(diffusers_metadata_key);
+        if (has_peft_config()) {
+            peft_settings all(adapter_.config, configuration_->ordered(), peft_config_name, config_name_);
+            adapter_.fan_in_fan_out = all.flag("fan_in_fan_out");
+            adapter_.tied = all.flag("ensure_weight_tying");
+            settings_ = component_settings(std::move(all));
+            parameters_ = peft_parameters(adapter_.config, modules_, config_name_);
+        }
+        else if (kept != file_.metadata().end() && (is(adapter_dialect::peft) || is(adapter_dialect::diffusers))) {
+            settings_ = component_settings(diffusers_settings(kept->second, where_));
+            adapter_.dialect = adapter_dialect::diffusers;
+        }
+    }
+    void find_mlx_strength()
+    {
+        for (const auto& key : check_mlx_targets(adapter_.config, modules_, config_name_)) {
+            note(adapter_.label, " has no factors of '", key, "', which lora_parameters.keys of its ", peft_config_name,
+                " names: it does not change that");
+        }
+        mlx_ = mlx_strength(adapter_.config, config_name_);
+    }
+
+    void read_module(const std::string& module, const adapter_parts& parts)
+    {
+        const auto parameter = parameters_.of(module);
+        const auto said = settings_.find(parameter.empty() ? module : parameter);
+        if (is_cut_to_nothing(module, parts, said)) {
+            ++cut_to_nothing_;
+            return;
+        }
+        auto [made, rank] = module_reader<T>(file_, module, parts, tensors_.dialect).read();
+        if (said) { said.settings->check(module, made.kind, made.bias.rank() > 0, where_); }
+        std::size_t matrices = 1;
+        if (!parameter.empty()) {
+            check_plain(parameter, made);
+            matrices = matrices_of(parameter, rank, said);
+            rank /= matrices;
+        }
+        made.update.scaling = made.bias.scaling = scaling_of(said, rank, alpha_of(parts));
+        check_update(made.update, module);
+        if (parameter.empty()) { adapter_.modules.emplace(module, std::move(made)); }
+        else {
+            put_matrices(parameter, matrices, std::move(made));
+        }
+    }
+    /// Whether AdaLoRA has left nothing of a module. Refuses its singular values where the configuration speaks of
+    /// another kind, and modules without them where it does not.
+    [[nodiscard]] bool is_cut_to_nothing(
+        const std::string& module, const adapter_parts& parts, const module_settings& said) const
+    {
+        const bool adalora = said && said.settings->type() == "ADALORA";
+        const auto* const values = parts.get(role::singular);
+        if (values && !adalora) {
+            refuse(error_code::adapter_tensors, "tensor '", values->name, "' is AdaLoRA's, ",
+                said ? message("but ", peft_config_name, " says peft_type ", said.settings->type())
+                     : message("whose scaling is in ", peft_config_name, ": name the directory that holds both"));
+        }
+        if (adalora && !values) {
+            refuse(
+                error_code::adapter_tensors, "module '", module, "' has no lora_E, which every module of AdaLoRA has");
+        }
+        return values && values->bytes == 0;
+    }
+    /// Refuses factors that PEFT does not give a parameter.
+    void check_plain(const std::string& parameter, const adapted_module<T>& made) const
+    {
+        if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
+            refuse(error_code::adapter_unsupported, "parameter '", parameter,
+                "' has factors of another kind than those of plain LoRA: ", fold_with_peft);
+        }
+    }
+    /// How many matrices a parameter is, by the rank of its factors in all.
+    [[nodiscard]] std::size_t matrices_of(
+        const std::string& parameter, std::size_t rank, const module_settings& said) const
+    {
+        const double expected = said.settings->rank(said.name), all = static_cast<double>(rank);
+        const std::size_t matrices = expected >= 1 ? static_cast<std::size_t>(all / expected) : 0;
+        if (matrices == 0 || static_cast<double>(matrices) * expected != all) {
+            refuse(error_code::adapter_tensors, "the factors of parameter '", parameter, "' have rank ", rank,
+                " in all, and ", peft_config_name, " says ", expected,
+                " of each matrix: the one is no multiple of the other");
+        }
+        return matrices;
+    }
+    /// The α that the file has of a module.
+    [[nodiscard]] std::optional<double> alpha_of(const adapter_parts& parts) const
+    {
+        const auto* const entry = parts.get(role::alpha);
+        if (!entry) { return std::nullopt; }
+        const auto value = read_flat_factor<double>(file_, *entry);
+        if (value.size() != 1 || !std::isfinite(value.data()[0])) {
+            refuse(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
+                " is no finite number");
+        }
+        return value.data()[0];
+    }
+    /// The scaling of a module with factors of this rank (0: of none), and counts what notes say of it.
+    [[nodiscard]] double scaling_of(const module_settings& said, std::size_t rank, const std::optional<double>& alpha)
+    {
+        if (mlx_.rank && static_cast<double>(rank) != *mlx_.rank) { ++other_ranks_; }
+        if (said) { return said.settings->scaling(said.name, rank, alpha, where_); }
+        if (mlx_.scale) { return *mlx_.scale; }
+        if (rank == 0) { return 1; }
+        if (alpha) { return *alpha / static_cast<double>(rank); }
+        ++without_alpha_;
+        return 1;
+    }
+    /// Modules of the matrices of a parameter: a weight, or each expert's.
+    void put_matrices(const std::string& parameter, std::size_t matrices, adapted_module<T> made)
+    {
+        const auto dot = parameter.rfind('.');
+        const auto owner = parameter.substr(0, dot), last = parameter.substr(dot);
+        if (matrices == 1 && last == ".weight") {
+            adapter_.modules.emplace(owner, std::move(made));
+            return;
+        }
+        auto updates = split_factors(made.update, matrices);
+        for (std::size_t e = 0; e < matrices; ++e) {
+            adapted_module<T> one;
+            one.update = std::move(updates[e]);
+            one.bias.scaling = made.bias.scaling;
+            one.stored = made.stored;
+            one.slice = {parameter, e, matrices};
+            adapter_.modules.emplace(owner + "." + std::to_string(e) + last, std::move(one));
+        }
+    }
+
+    /// Takes out what PEFT does nothing with.
+    void leave_out()
+    {
+        const auto out = modules_left_out(
+            adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
+        for (const auto& module : out) { adapter_.modules.erase(module); }
+        if (out.empty()) { return; }
+        note("factors of ", out.size(), " of ", modules_.size(), " modules in ", adapter_.label, " ('", out.front(),
+            out.size() > 1 ? "', …" : "'", ") are left out, as PEFT does: ", peft_config_name,
+            " leaves these modules out (target_modules, exclude_modules or layers_to_transform)");
+    }
+    void note_ranks()
+    {
+        if (other_ranks_ == 0) { return; }
+        note(adapter_.label, " has ", other_ranks_, " of ", modules_.size(), " modules of another rank than the ",
+            *mlx_.rank, " of ", peft_config_name,
+            ": each is taken with its own, as MLX does, whose scale is the same for any rank");
+    }
+    void note_cuts()
+    {
+        if (cut_to_nothing_ == 0) { return; }
+        note(adapter_.label, " has ", cut_to_nothing_, " of ", modules_.size(),
+            " modules at rank 0, to which AdaLoRA has cut them: they change nothing");
+    }
+    void note_alphas()
+    {
+        if (without_alpha_ == 0) { return; }
+        if (is(adapter_dialect::mlx)) {
+            note(adapter_.label, " has no ", peft_config_name,
+                " beside it, whose lora_parameters.scale multiplies every update: the scale is taken to be 1, and "
+                "mlx_lm trains with 20 unless told otherwise");
+            return;
+        }
+        note(adapter_.label, " gives no alpha for ", without_alpha_, " of ", modules_.size(),
+            " modules: it is taken to be the rank, a scaling of 1");
+    }
+    /// What comes with the factors as it is.
+    void copy_tensors()
+    {
+        for (const auto& [name, entry] : tensors_.copies) {
+            adapter_.copies.emplace(name, carried_tensor(file_, *entry));
+        }
+        for (const auto& [name, entry] : tensors_.wholes) {
+            adapter_.wholes.emplace(name, carried_tensor(file_, *entry));
+        }
+    }
+
+    adapter_contents<T> adapter_{};
+    safetensors_file file_;
+    std::string where_, config_name_;
+    std::optional<peft_config_file> configuration_{};
+    adapter_tensors tensors_{};
+    std::vector<std::string> modules_{};
+    component_settings settings_{};
+    peft_parameters parameters_{};
+    mlx_strength mlx_{};
+    std::size_t other_ranks_ = 0; ///< modules of another than the configuration's
+    std::size_t cut_to_nothing_ = 0; ///< modules that AdaLoRA has cut
+    std::size_t without_alpha_ = 0; ///< modules that nothing gives one
+};
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_READER_HPP
+
+#include <filesystem>
+#include <string_view>
+#include <system_error>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -15223,246 +15605,9 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element T = float>
 [[nodiscard]] adapter_contents<T> read_adapter(const std::filesystem::path& path)
 {
-    using role = detail::adapter_role;
-    adapter_contents<T> adapter;
-    adapter.label = "'" + path.string() + "'";
-    adapter.file = adapter_tensor_file(path);
-    if (is_gguf_file(adapter.file)) { return read_gguf_adapter<T>(adapter.file); }
-    const safetensors_file file = detail::open_weights(adapter.file, adapter.notes);
-    const std::string where = adapter.file.string();
-
-    std::error_code ignored;
-    const auto config_path = adapter.file.parent_path() / peft_config_name;
-    const std::string config_file = config_path.string();
-    const bool may_have_config = std::filesystem::is_directory(path, ignored)
-        || adapter.file.filename() == peft_model_name || adapter.file.filename() == peft_pickle_name;
-    std::optional<detail::peft_config_file> configuration;
-    if (may_have_config && std::filesystem::exists(config_path, ignored)) {
-        configuration.emplace(config_path);
-        adapter.config = configuration->fields();
-    }
-
-    const auto [parts, wholes, copies, dialect] = detail::adapter_sorter(file).sort();
-    adapter.dialect = dialect;
-    if (dialect == adapter_dialect::mlx) {
-        const auto* const type = detail::peft_fields(adapter.config, config_file).find("fine_tune_type");
-        for (const auto& [module, found] : parts) {
-            const bool rescaled = found.get(role::magnitude) != nullptr;
-            if (!type || *type == (rescaled ? "dora" : "lora")) { continue; }
-            raise<format_error>(error_code::adapter_tensors,
-                *type == "dora"
-                    ? message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
-                          " says fine_tune_type dora, which rescales every module by them: save the adapter anew")
-                    : message("module '", module, "' has ", rescaled ? "magnitudes ('" : "factors",
-                          rescaled ? module + ".m')" : "", ", but ", peft_config_name, " says fine_tune_type ",
-                          detail::peft_fields::shown(*type), ", by which MLX reads none: correct one of them"),
-                where);
-        }
-    }
-    const bool peft_config = configuration && dialect == adapter_dialect::peft;
-    if (parts.empty() && copies.empty()) {
-        if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
-        const auto type = adapter.config.find("fine_tune_type");
-        const bool full = type != adapter.config.end() && *type == "full";
-        raise<format_error>(error_code::adapter_tensors,
-            message("holds no factors of an adapter",
-                full ? message(", as ", peft_config_name,
-                           " says (fine_tune_type full): put its weights into the model with mlx_lm.fuse and go on "
-                           "with that")
-                     : std::string()),
-            where);
-    }
-
-    std::map<std::string, detail::peft_settings> settings; // by component; all are under "" outside diffusers
-    const auto kept = file.metadata().find(detail::diffusers_metadata_key);
-    if (peft_config) {
-        const auto& all =
-            settings
-                .emplace(
-                    "", detail::peft_settings(adapter.config, configuration->ordered(), peft_config_name, config_file))
-                .first->second;
-        adapter.fan_in_fan_out = all.flag("fan_in_fan_out");
-        adapter.tied = all.flag("ensure_weight_tying");
-    }
-    else if (kept != file.metadata().end()
-        && (dialect == adapter_dialect::peft || dialect == adapter_dialect::diffusers)) {
-        settings = detail::diffusers_settings(kept->second, where);
-        adapter.dialect = adapter_dialect::diffusers;
-    }
-    /// What says the scaling of a module, and what the module is called there.
-    const auto settings_of = [&](const std::string& module) {
-        const auto component = peft_config ? std::string_view() : detail::component_of(module);
-        auto place = settings.find(std::string(component));
-        std::string name = component.empty() ? module : module.substr(component.size() + 1);
-        if (place == settings.end() && settings.size() == 1 && settings.begin()->first.empty()) {
-            place = settings.begin();
-            name = module;
-        }
-        return std::pair(place == settings.end() ? nullptr : &place->second, std::move(name));
-    };
-    std::optional<double> mlx_scale;
-    std::optional<double> mlx_rank;
-    if (dialect == adapter_dialect::mlx) {
-        std::vector<std::string> names;
-        for (const auto& one : parts) { names.push_back(one.first); }
-        for (const auto& key : detail::check_mlx_targets(adapter.config, names, config_file)) {
-            adapter.notes.push_back(message(adapter.label, " has no factors of '", key,
-                "', which lora_parameters.keys of its ", peft_config_name, " names: it does not change that"));
-        }
-        const auto given = adapter.config.find("lora_parameters");
-        const auto number = [&](const char* field) -> std::optional<double> {
-            if (given == adapter.config.end() || !given->is_object()) { return std::nullopt; }
-            const auto value = given->find(field);
-            if (value == given->end()) { return std::nullopt; }
-            if (!value->is_number()) {
-                raise<format_error>(error_code::adapter_config,
-                    message(
-                        "lora_parameters.", field, " is ", detail::peft_fields::shown(*value), "; expected a number"),
-                    config_file);
-            }
-            return value->template get<double>();
-        };
-        mlx_scale = number("scale");
-        mlx_rank = number("rank");
-        if (!mlx_scale && configuration) {
-            raise<format_error>(error_code::adapter_config,
-                "has no lora_parameters.scale, by which MLX multiplies every update: add the one that it was trained "
-                "with (mlx_lm trains with 20 unless told otherwise)",
-                config_file);
-        }
-    }
-    std::size_t other_ranks = 0;
-    std::size_t without_alpha = 0;
-    std::size_t cut_to_nothing = 0;
-    std::vector<std::string> stored_modules;
-    for (const auto& one : parts) { stored_modules.push_back(one.first); }
-    detail::peft_parameters parameters(
-        peft_config ? adapter.config : nlohmann::json::object(), stored_modules, config_file);
-    for (const auto& [module, found] : parts) {
-        const auto parameter = parameters.of(module);
-        const auto said = settings_of(parameter.empty() ? module : parameter);
-        const bool adalora = said.first && said.first->type() == "ADALORA";
-        if (const auto* const values = found.get(role::singular)) {
-            if (!adalora) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("tensor '", values->name, "' is AdaLoRA's, ",
-                        said.first ? message("but ", peft_config_name, " says peft_type ", said.first->type())
-                                   : message("whose scaling is in ", peft_config_name,
-                                         ": name the directory that holds both")),
-                    where);
-            }
-            if (values->bytes == 0) { // a module of which AdaLoRA has left nothing
-                ++cut_to_nothing;
-                continue;
-            }
-        }
-        else if (adalora) {
-            raise<format_error>(error_code::adapter_tensors,
-                message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
-        }
-        auto [made, rank] = detail::module_reader<T>(file, module, found, dialect).read();
-        if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
-        std::size_t matrices = 1;
-        if (!parameter.empty()) {
-            if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
-                raise<format_error>(error_code::adapter_unsupported,
-                    message("parameter '", parameter,
-                        "' has factors of another kind than those of plain LoRA: ", detail::fold_with_peft),
-                    where);
-            }
-            const double expected = said.first->rank(said.second);
-            matrices = expected >= 1 ? static_cast<std::size_t>(static_cast<double>(rank) / expected) : 0;
-            if (matrices == 0 || static_cast<double>(matrices) * expected != static_cast<double>(rank)) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("the factors of parameter '", parameter, "' have rank ", rank, " in all, and ",
-                        peft_config_name, " says ", expected, " of each matrix: the one is no multiple of the other"),
-                    where);
-            }
-            rank /= matrices;
-        }
-        std::optional<double> alpha;
-        if (const auto* const entry = found.get(role::alpha)) {
-            const auto value = detail::read_flat_factor<double>(file, *entry);
-            if (value.size() != 1 || !std::isfinite(value.data()[0])) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("tensor '", entry->name, "' of shape ", to_string(entry->shape), " is no finite number"),
-                    where);
-            }
-            alpha = value.data()[0];
-        }
-        double scaling = 1;
-        if (said.first) { scaling = said.first->scaling(said.second, rank, alpha, where); }
-        else if (mlx_scale) {
-            scaling = *mlx_scale;
-        }
-        else if (alpha && rank > 0) {
-            scaling = *alpha / static_cast<double>(rank);
-        }
-        else if (rank > 0) {
-            ++without_alpha;
-        }
-        if (mlx_rank && static_cast<double>(rank) != *mlx_rank) { ++other_ranks; }
-        made.update.scaling = scaling;
-        made.bias.scaling = scaling;
-        check_update(made.update, module);
-        if (parameter.empty()) {
-            adapter.modules.emplace(module, std::move(made));
-            continue;
-        }
-        const auto dot = parameter.rfind('.');
-        if (matrices == 1 && parameter.substr(dot) == ".weight") {
-            adapter.modules.emplace(parameter.substr(0, dot), std::move(made));
-            continue;
-        }
-        auto updates = detail::split_factors(made.update, matrices);
-        for (std::size_t e = 0; e < matrices; ++e) {
-            adapted_module<T> one;
-            one.update = std::move(updates[e]);
-            one.bias.scaling = scaling;
-            one.stored = made.stored;
-            one.slice = {parameter, e, matrices};
-            adapter.modules.emplace(
-                parameter.substr(0, dot + 1) + std::to_string(e) + parameter.substr(dot), std::move(one));
-        }
-    }
-    for (const auto& one : settings) { one.second.check_used(); }
-    parameters.check_used();
-    if (peft_config) {
-        const auto out = detail::modules_left_out(adapter.config, stored_modules, [&](const std::string& module) {
-            return !parameters.of(module).empty(); // of target_parameters
-        });
-        for (const auto& module : out) { adapter.modules.erase(module); }
-        if (!out.empty()) {
-            adapter.notes.push_back(
-                message("factors of ", out.size(), " of ", parts.size(), " modules in ", adapter.label, " ('",
-                    out.front(), out.size() > 1 ? "', …" : "'", ") are left out, as PEFT does: ", peft_config_name,
-                    " leaves these modules out (target_modules, exclude_modules or "
-                    "layers_to_transform)"));
-        }
-    }
-    if (other_ranks > 0) {
-        adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
-            " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,
-            ": each is taken with its own, as MLX does, whose scale is the same for any rank"));
-    }
-    if (cut_to_nothing > 0) {
-        adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),
-            " modules at rank 0, to which AdaLoRA has cut them: they change nothing"));
-    }
-    if (without_alpha > 0 && dialect == adapter_dialect::mlx) {
-        adapter.notes.push_back(message(adapter.label, " has no ", peft_config_name,
-            " beside it, whose lora_parameters.scale multiplies every update: the scale is taken to be 1, and mlx_lm "
-            "trains with 20 unless told otherwise"));
-    }
-    else if (without_alpha > 0) {
-        adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
-            " modules: it is taken to be the rank, a scaling of 1"));
-    }
-    for (const auto& [name, entry] : copies) { adapter.copies.emplace(name, detail::carried_tensor(file, *entry)); }
-    for (const auto& [name, entry] : wholes) { adapter.wholes.emplace(name, detail::carried_tensor(file, *entry)); }
-    file.map().check_unchanged();
-    if (configuration) { configuration->check_unchanged(); } // of one pair: another run may have replaced both
-    return adapter;
+    const auto file = adapter_tensor_file(path);
+    if (is_gguf_file(file)) { return read_gguf_adapter<T>(file); }
+    return detail::adapter_reader<T>(path, file).read();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -97,6 +97,57 @@ struct mlx_targets {
         file);
 }
 
+/// What fine_tune_type says of a module, which is `rescaled` where it has the magnitudes of DoRA. Throws format_error
+/// where the two differ; `where` is the file of tensors.
+inline void check_mlx_type(
+    const nlohmann::json& config, const std::string& module, bool rescaled, const std::string& where)
+{
+    const auto* const type = peft_fields(config, where).find("fine_tune_type");
+    if (!type || *type == (rescaled ? "dora" : "lora")) { return; }
+    raise<format_error>(error_code::adapter_tensors,
+        *type == "dora" ? message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
+                              " says fine_tune_type dora, which rescales every module by them: save the adapter anew")
+                        : message("module '", module, "' has ", rescaled ? "magnitudes ('" : "factors",
+                              rescaled ? module + ".m')" : "", ", but ", peft_config_name, " says fine_tune_type ",
+                              peft_fields::shown(*type), ", by which MLX reads none: correct one of them"),
+        where);
+}
+
+/// How strong MLX's configuration makes the updates of all modules.
+struct mlx_strength {
+    std::optional<double> scale{}; ///< that multiplies every update; nothing: there is no configuration
+    std::optional<double> rank{}; ///< that it was trained with, where it says so
+
+    mlx_strength() = default;
+    /// Throws format_error for fields of other types, and where there is no scale.
+    mlx_strength(const nlohmann::json& config, const std::string& file)
+        : scale(number(config, "scale", file))
+        , rank(number(config, "rank", file))
+    {
+        if (!scale) {
+            raise<format_error>(error_code::adapter_config,
+                "has no lora_parameters.scale, by which MLX multiplies every update: add the one that it was trained "
+                "with (mlx_lm trains with 20 unless told otherwise)",
+                file);
+        }
+    }
+
+private:
+    [[nodiscard]] static std::optional<double> number(
+        const nlohmann::json& config, const char* field, const std::string& file)
+    {
+        const auto given = config.find("lora_parameters");
+        if (given == config.end() || !given->is_object()) { return std::nullopt; }
+        const auto value = given->find(field);
+        if (value == given->end()) { return std::nullopt; }
+        if (!value->is_number()) {
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.", field, " is ", peft_fields::shown(*value), "; expected a number"), file);
+        }
+        return value->get<double>();
+    }
+};
+
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -21,6 +21,7 @@ namespace detail {
 /// those of the one before it, in the order in which the model has them.
 class peft_parameters {
 public:
+    peft_parameters() = default;
     /// `modules`: all that the file has. Throws format_error for a field of another type.
     peft_parameters(const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
         : file_(file)
@@ -92,8 +93,7 @@ public:
 
 private:
     std::string file_;
-    const std::vector<std::string>& modules_;
-    std::vector<std::string> targets_, used_;
+    std::vector<std::string> modules_, targets_, used_;
 };
 
 /// Splits the factors of a parameter of `count` matrices: those of lora_A stand one below the other, those of lora_B's

@@ -165,6 +165,43 @@ private:
     return settings;
 }
 
+/// The configurations of an adapter, and which of them says what of a module.
+class component_settings {
+public:
+    component_settings() = default;
+    /// One for all modules.
+    explicit component_settings(peft_settings all) { settings_.emplace("", std::move(all)); }
+    /// One for each component, as diffusers_settings() has them.
+    explicit component_settings(std::map<std::string, peft_settings> settings)
+        : settings_(std::move(settings))
+    { }
+
+    /// What one configuration says of a module.
+    struct of_module {
+        peft_settings* settings = nullptr; ///< nullptr: none is about it
+        std::string name{}; ///< what it calls the module
+        explicit operator bool() const noexcept { return settings != nullptr; }
+    };
+    /// Refers to this.
+    [[nodiscard]] of_module find(const std::string& module)
+    {
+        const std::string component(component_of(module));
+        if (const auto place = settings_.find(component); place != settings_.end()) {
+            return {&place->second, component.empty() ? module : module.substr(component.size() + 1)};
+        }
+        const bool one_for_all = settings_.size() == 1 && settings_.begin()->first.empty();
+        return {one_for_all ? &settings_.begin()->second : nullptr, module};
+    }
+    /// Throws format_error for a pattern that no module had.
+    void check_used() const
+    {
+        for (const auto& one : settings_) { one.second.check_used(); }
+    }
+
+private:
+    std::map<std::string, peft_settings> settings_; // by component; "": of all
+};
+
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
