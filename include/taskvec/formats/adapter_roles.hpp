@@ -96,61 +96,72 @@ enum class factor_form { lora, embedding, loha, lokr };
     return module;
 }
 
-[[nodiscard]] inline adapter_role role_of(std::string_view name)
+/// What the end of a tensor's name says.
+struct role_ending {
+    std::string_view text{};
+    adapter_role::what role = adapter_role::unknown;
+    std::optional<adapter_dialect> dialect{}; ///< nothing: it may be any
+};
+inline constexpr std::array<role_ending, 40> role_endings{{{".lora_E", adapter_role::singular, adapter_dialect::peft},
+    {".lora_A.weight", adapter_role::a, adapter_dialect::peft},
+    {".lora_B.weight", adapter_role::b, adapter_dialect::peft},
+    {".lora_embedding_A", adapter_role::embedding_a, adapter_dialect::peft},
+    {".lora_embedding_B", adapter_role::embedding_b, adapter_dialect::peft},
+    {".lora_B.bias", adapter_role::bias, adapter_dialect::peft},
+    {".lora_magnitude_vector.weight", adapter_role::magnitude, adapter_dialect::peft},
+    {".lora_magnitude_vector", adapter_role::magnitude, adapter_dialect::peft},
+    {".lora_down.weight", adapter_role::a, adapter_dialect::kohya},
+    {".lora_up.weight", adapter_role::b, adapter_dialect::kohya},
+    {".lora_mid.weight", adapter_role::mid, adapter_dialect::kohya},
+    {".dora_scale", adapter_role::magnitude, adapter_dialect::kohya}, {".alpha", adapter_role::alpha, {}},
+    {".lora.down.weight", adapter_role::a, adapter_dialect::diffusers},
+    {".lora.up.weight", adapter_role::b, adapter_dialect::diffusers},
+    {"_lora.down.weight", adapter_role::a, adapter_dialect::diffusers},
+    {"_lora.up.weight", adapter_role::b, adapter_dialect::diffusers},
+    {".lora_linear_layer.down.weight", adapter_role::a, adapter_dialect::diffusers},
+    {".lora_linear_layer.up.weight", adapter_role::b, adapter_dialect::diffusers},
+    {".lora_a", adapter_role::a, adapter_dialect::mlx}, {".lora_b", adapter_role::b, adapter_dialect::mlx},
+    {".hada_w1_a", adapter_role::hada_w1_a, {}}, {".hada_w1_b", adapter_role::hada_w1_b, {}},
+    {".hada_w2_a", adapter_role::hada_w2_a, {}}, {".hada_w2_b", adapter_role::hada_w2_b, {}},
+    {".lokr_w1", adapter_role::lokr_w1, {}}, {".lokr_w1_a", adapter_role::lokr_w1_a, {}},
+    {".lokr_w1_b", adapter_role::lokr_w1_b, {}}, {".lokr_w2", adapter_role::lokr_w2, {}},
+    {".lokr_w2_a", adapter_role::lokr_w2_a, {}}, {".lokr_w2_b", adapter_role::lokr_w2_b, {}},
+    {".hada_t1", adapter_role::hada_t1, {}}, {".hada_t2", adapter_role::hada_t2, {}},
+    {".lokr_t2", adapter_role::lokr_t2, {}}, {".base_layer.weight", adapter_role::base_copy, adapter_dialect::peft},
+    {".base_layer.bias", adapter_role::trained_bias, adapter_dialect::peft},
+    {".lora_A", adapter_role::a, adapter_dialect::peft}, {".lora_B", adapter_role::b, adapter_dialect::peft},
+    {".lora_up.bias", adapter_role::bias, adapter_dialect::kohya},
+    {".lora_linear_layer.alpha", adapter_role::alpha, adapter_dialect::diffusers}}};
+
+/// By the longest ending that is known; nothing: the name has none of them.
+[[nodiscard]] inline std::optional<adapter_role> role_by_ending(std::string_view name)
 {
-    using role = adapter_role;
-    using dialect = adapter_dialect;
-    struct ending {
-        std::string_view text;
-        role::what what;
-        std::optional<dialect> of;
-    };
-    static const std::array<ending, 40> endings{{{".lora_E", role::singular, dialect::peft},
-        {".lora_A.weight", role::a, dialect::peft}, {".lora_B.weight", role::b, dialect::peft},
-        {".lora_embedding_A", role::embedding_a, dialect::peft},
-        {".lora_embedding_B", role::embedding_b, dialect::peft}, {".lora_B.bias", role::bias, dialect::peft},
-        {".lora_magnitude_vector.weight", role::magnitude, dialect::peft},
-        {".lora_magnitude_vector", role::magnitude, dialect::peft}, {".lora_down.weight", role::a, dialect::kohya},
-        {".lora_up.weight", role::b, dialect::kohya}, {".lora_mid.weight", role::mid, dialect::kohya},
-        {".dora_scale", role::magnitude, dialect::kohya}, {".alpha", role::alpha, {}},
-        {".lora.down.weight", role::a, dialect::diffusers}, {".lora.up.weight", role::b, dialect::diffusers},
-        {"_lora.down.weight", role::a, dialect::diffusers}, {"_lora.up.weight", role::b, dialect::diffusers},
-        {".lora_linear_layer.down.weight", role::a, dialect::diffusers},
-        {".lora_linear_layer.up.weight", role::b, dialect::diffusers}, {".lora_a", role::a, dialect::mlx},
-        {".lora_b", role::b, dialect::mlx}, {".hada_w1_a", role::hada_w1_a, {}}, {".hada_w1_b", role::hada_w1_b, {}},
-        {".hada_w2_a", role::hada_w2_a, {}}, {".hada_w2_b", role::hada_w2_b, {}}, {".lokr_w1", role::lokr_w1, {}},
-        {".lokr_w1_a", role::lokr_w1_a, {}}, {".lokr_w1_b", role::lokr_w1_b, {}}, {".lokr_w2", role::lokr_w2, {}},
-        {".lokr_w2_a", role::lokr_w2_a, {}}, {".lokr_w2_b", role::lokr_w2_b, {}}, {".hada_t1", role::hada_t1, {}},
-        {".hada_t2", role::hada_t2, {}}, {".lokr_t2", role::lokr_t2, {}},
-        {".base_layer.weight", role::base_copy, dialect::peft}, {".base_layer.bias", role::trained_bias, dialect::peft},
-        {".lora_A", role::a, dialect::peft}, {".lora_B", role::b, dialect::peft},
-        {".lora_up.bias", role::bias, dialect::kohya}, {".lora_linear_layer.alpha", role::alpha, dialect::diffusers}}};
-    const auto plain = [&](std::string_view text) -> std::optional<role> {
-        const ending* best = nullptr;
-        for (const auto& one : endings) {
-            if (text.size() > one.text.size() && text.ends_with(one.text)
-                && (!best || one.text.size() > best->text.size())) {
-                best = &one;
-            }
-        }
-        if (!best) { return std::nullopt; }
-        return role{best->what, std::string(text.substr(0, text.size() - best->text.size())), {}, best->of};
-    };
-    if (name.find(".original_module.") != name.npos || name.find(".lora_velora_embed") != name.npos) {
-        return {role::ignored, std::string(name), {}, {}};
+    const role_ending* best = nullptr;
+    for (const auto& one : role_endings) {
+        const bool has = name.size() > one.text.size() && name.ends_with(one.text);
+        if (has && (!best || one.text.size() > best->text.size())) { best = &one; }
     }
-    if (const auto at = name.find(".modules_to_save."); at != name.npos) {
-        const auto rest = name.substr(at + 17);
-        const auto dot = rest.find('.');
-        return {role::whole,
-            std::string(name.substr(0, at + 1)) + std::string(rest.substr(dot == rest.npos ? 0 : dot + 1)),
-            std::string(dot == rest.npos ? "" : rest.substr(0, dot)), dialect::peft};
-    }
-    if (auto found = plain(name)) {
-        if (found->dialect == dialect::diffusers) { found->module = current_module(std::move(found->module)); }
-        return *found;
-    }
-    // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
+    if (!best) { return std::nullopt; }
+    return adapter_role{best->role, std::string(name.substr(0, name.size() - best->text.size())), {}, best->dialect};
+}
+
+/// Of a module that PEFT has saved whole: MODULE.modules_to_save.ADAPTER.weight; nothing: it is no such name.
+[[nodiscard]] inline std::optional<adapter_role> role_of_saved_module(std::string_view name)
+{
+    constexpr std::string_view part = ".modules_to_save.";
+    const auto at = name.find(part);
+    if (at == name.npos) { return std::nullopt; }
+    const auto rest = name.substr(at + part.size());
+    const auto dot = rest.find('.');
+    const bool named = dot != rest.npos;
+    return adapter_role{adapter_role::whole,
+        std::string(name.substr(0, at + 1)) + std::string(named ? rest.substr(dot + 1) : rest),
+        std::string(named ? rest.substr(0, dot) : std::string_view()), adapter_dialect::peft};
+}
+
+/// With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
+[[nodiscard]] inline std::optional<adapter_role> role_with_adapter(std::string_view name)
+{
     for (const std::string_view part :
         {".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.",
             ".hada_w1_a.", ".hada_w1_b.", ".hada_w2_a.", ".hada_w2_b.", ".lokr_w1.", ".lokr_w1_a.", ".lokr_w1_b.",
@@ -161,19 +172,37 @@ enum class factor_form { lora, embedding, loha, lokr };
         const auto dot = rest.find('.');
         const auto without = std::string(name.substr(0, at + part.size() - 1))
             + std::string(dot == rest.npos ? std::string_view() : rest.substr(dot));
-        if (auto found = plain(without)) {
+        if (auto found = role_by_ending(without)) {
             found->adapter = std::string(rest.substr(0, dot));
-            return *found;
+            return found;
         }
     }
-    const bool like_a_factor = name.find("lora_") != name.npos || name.find(".lora.") != name.npos
-        || name.find(".hada_") != name.npos || name.find(".lokr_") != name.npos || name.find(".oft_") != name.npos
-        || name.find(".vera_") != name.npos || name.find("_lora1.") != name.npos || name.find("_lora2.") != name.npos
-        || name.find(".diff") != name.npos;
-    if (like_a_factor && !name.starts_with("lora_unet_") && !name.starts_with("lora_te")) {
-        return {role::unknown, std::string(name), {}, {}};
+    return std::nullopt;
+}
+
+/// Whether a name that is none of those above is one of an adapter all the same, of a kind that is not known.
+[[nodiscard]] inline bool looks_like_a_factor(std::string_view name) noexcept
+{
+    for (const std::string_view part :
+        {"lora_", ".lora.", ".hada_", ".lokr_", ".oft_", ".vera_", "_lora1.", "_lora2.", ".diff"}) {
+        if (name.find(part) != name.npos) { return true; }
     }
-    return {like_a_factor ? role::unknown : role::whole, std::string(name), {}, {}};
+    return false;
+}
+
+/// A tensor's part in an adapter, from its name without PEFT's prefix.
+[[nodiscard]] inline adapter_role role_of(std::string_view name)
+{
+    if (name.find(".original_module.") != name.npos || name.find(".lora_velora_embed") != name.npos) {
+        return {adapter_role::ignored, std::string(name), {}, {}};
+    }
+    if (auto found = role_of_saved_module(name)) { return *std::move(found); }
+    if (auto found = role_by_ending(name)) {
+        if (found->dialect == adapter_dialect::diffusers) { found->module = current_module(std::move(found->module)); }
+        return *std::move(found);
+    }
+    if (auto found = role_with_adapter(name)) { return *std::move(found); }
+    return {looks_like_a_factor(name) ? adapter_role::unknown : adapter_role::whole, std::string(name), {}, {}};
 }
 
 } // namespace detail
