@@ -13755,6 +13755,17 @@ struct layer_place {
 /// each field under its component's name ("unet.lora_alpha").
 inline constexpr const char* diffusers_metadata_key = "lora_adapter_metadata";
 
+/// Refuses a file, by its name and a sentence of parts.
+struct refusal {
+    std::string file;
+
+    template <class... Parts>
+    [[noreturn]] void operator()(error_code code, const Parts&... parts) const
+    {
+        raise<format_error>(code, message(parts...), file);
+    }
+};
+
 /// All entries of a stored factor in T, as rows of its first extent.
 template <class T>
 [[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)
@@ -13873,9 +13884,7 @@ template <arithmetic_element T = float>
     adapter.dialect = adapter_dialect::gguf;
     adapter.label = "'" + where + "'";
     adapter.file = path;
-    const auto refuse = [&](error_code code, const auto&... parts) {
-        raise<format_error>(code, message(parts...), where);
-    };
+    const detail::refusal refuse{where};
     const auto type = header.text("general.type"), kind = header.text("adapter.type");
     if (type != "adapter" || kind != "lora") {
         refuse(error_code::adapter_unsupported, "is a GGUF file whose ",
@@ -14257,7 +14266,7 @@ class adapter_sorter {
 public:
     explicit adapter_sorter(const safetensors_file& file)
         : file_(file)
-        , where_(file.path().string())
+        , refuse_{file.path().string()}
     { }
     /// Throws format_error for a tensor that is no part of an adapter, or is there twice; more dialects, or adapters,
     /// than one.
@@ -14282,16 +14291,11 @@ public:
 private:
     using role = adapter_role;
 
-    template <class... Parts>
-    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
-    {
-        raise<format_error>(code, message(parts...), where_);
-    }
     [[nodiscard]] std::string_view without_prefix(const safetensors_entry& entry) const
     {
         const std::string_view name = entry.name;
         if (!name.starts_with(peft_prefix)) {
-            refuse(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
+            refuse_(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
                 "' as others of it do");
         }
         return name.substr(peft_prefix.size());
@@ -14299,7 +14303,7 @@ private:
     void check_known(const adapter_role& found, const safetensors_entry& entry) const
     {
         if (found.role == role::unknown) {
-            refuse(error_code::adapter_unsupported, "tensor '", entry.name,
+            refuse_(error_code::adapter_unsupported, "tensor '", entry.name,
                 "' is no part of a LoRA, AdaLoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what wrote "
                 "it");
         }
@@ -14322,7 +14326,7 @@ private:
         }
         if (*dialect_ == *found.dialect) { return; }
         if (!of_diffusers(*dialect_, first_name_) || !of_diffusers(*found.dialect, entry.name)) {
-            refuse(error_code::adapter_tensors, "mixes dialects: '", first_name_, "' is ", to_string(*dialect_),
+            refuse_(error_code::adapter_tensors, "mixes dialects: '", first_name_, "' is ", to_string(*dialect_),
                 "'s, and '", entry.name, "' ", to_string(*found.dialect), "'s; split the file, or save it anew");
         }
         dialect_ = adapter_dialect::diffusers;
@@ -14331,7 +14335,7 @@ private:
     {
         if (found.adapter.empty()) { return; }
         if (!adapter_.empty() && found.adapter != adapter_) {
-            refuse(error_code::adapter_tensors, "holds the adapters '", adapter_, "' and '", found.adapter,
+            refuse_(error_code::adapter_tensors, "holds the adapters '", adapter_, "' and '", found.adapter,
                 "': save each into a file of its own");
         }
         adapter_ = found.adapter;
@@ -14354,7 +14358,7 @@ private:
         const bool once_more = first.dtype == entry.dtype && first.shape == entry.shape
             && std::memcmp(file_.tensor(first).data, file_.tensor(entry).data, entry.bytes) == 0;
         if (!once_more) {
-            refuse(error_code::adapter_tensors, "tensor '", entry.name, "' is the second such factor of its module");
+            refuse_(error_code::adapter_tensors, "tensor '", entry.name, "' is the second such factor of its module");
         }
     }
     /// Names of LoHa and LoKr do not tell it, but for kohya's underscores.
@@ -14376,7 +14380,7 @@ private:
     }
 
     const safetensors_file& file_;
-    std::string where_;
+    refusal refuse_;
     adapter_tensors sorted_{};
     std::optional<adapter_dialect> dialect_{}; ///< nothing: no name has told it yet
     std::string first_name_{}; ///< that told it
@@ -14514,7 +14518,7 @@ public:
         , module_(module)
         , parts_(parts)
         , dialect_(dialect)
-        , where_(file.path().string())
+        , refuse_{file.path().string()}
     { }
     /// Throws format_error for halves without partners, factors of more than one kind or of none, a rank of 0, and what
     /// no update can say; shape_mismatch; dtype_mismatch.
@@ -14533,14 +14537,9 @@ private:
     using role = adapter_role;
 
     template <class... Parts>
-    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
-    {
-        raise<format_error>(code, message(parts...), where_);
-    }
-    template <class... Parts>
     [[noreturn]] void refuse_shape(const Parts&... parts) const
     {
-        raise<shape_mismatch>(error_code::factor_rank, message("'", where_, "': ", parts...));
+        raise<shape_mismatch>(error_code::factor_rank, message("'", refuse_.file, "': ", parts...));
     }
 
     /// What the module is made of.
@@ -14551,7 +14550,7 @@ private:
             if (const auto found = form_of(one.first)) { forms.insert(*found); }
         }
         if (forms.size() != 1) {
-            refuse(error_code::adapter_tensors, "module '", module_, "' has ",
+            refuse_(error_code::adapter_tensors, "module '", module_, "' has ",
                 forms.empty() ? "an alpha, a magnitude or a bias but no factors" : "factors of more than one kind");
         }
         return *forms.begin();
@@ -14561,7 +14560,7 @@ private:
     {
         const auto* const found = parts_.get(which);
         if (!found) {
-            refuse(error_code::adapter_tensors, "module '", module_, "' has ", other, " but no ", word,
+            refuse_(error_code::adapter_tensors, "module '", module_, "' has ", other, " but no ", word,
                 ": half of its update is missing");
         }
         return *found;
@@ -14598,7 +14597,7 @@ private:
     }
     void refuse_rank_0(std::size_t rank) const
     {
-        if (rank == 0) { refuse(error_code::adapter_tensors, "module '", module_, "' has rank 0"); }
+        if (rank == 0) { refuse_(error_code::adapter_tensors, "module '", module_, "' has rank 0"); }
     }
     /// Refuses factors that make no product.
     void check_fit(const matrix<T>& b, const matrix<T>& a, std::string_view left, std::string_view right) const
@@ -14615,7 +14614,7 @@ private:
         for (const auto which : {role::magnitude, role::bias, role::mid, role::singular}) {
             const auto* const beside = parts_.get(which);
             if (!beside) { continue; }
-            refuse(error_code::adapter_unsupported, "tensor '", beside->name, "' stands beside the factors of ",
+            refuse_(error_code::adapter_unsupported, "tensor '", beside->name, "' stands beside the factors of ",
                 made_.kind, " in module '", module_,
                 "', whose update is another one with it: fold it into its base with what wrote it");
         }
@@ -14674,11 +14673,11 @@ private:
         const auto* const w2 = parts_.get(role::lokr_w2);
         if (!w2) { return; }
         if (parts_.get(role::lokr_t2)) {
-            refuse(error_code::adapter_tensors, "module '", module_,
+            refuse_(error_code::adapter_tensors, "module '", module_,
                 "' has lokr_w2 whole, and a core lokr_t2 of it: one of the two is another module's");
         }
         if (w2->shape.size() == 3 && dialect_ == adapter_dialect::peft) {
-            refuse(error_code::adapter_unsupported, "tensor '", w2->name, "' has shape ", to_string(w2->shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", w2->name, "' has shape ", to_string(w2->shape),
                 ": of a convolution over one side PEFT lays LoKr's product out in another order than the weight's, "
                 "which no update of low rank equals; ",
                 fold_with_peft);
@@ -14738,7 +14737,7 @@ private:
     {
         for (const auto* entry : factors) {
             if (entry->shape.size() == 2) { continue; }
-            refuse(error_code::adapter_unsupported, "tensor '", entry->name, "' has shape ", to_string(entry->shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", entry->name, "' has shape ", to_string(entry->shape),
                 "; expected a matrix: updates of experts (MLX's LoRASwitchLinear) are not read, fuse them with "
                 "mlx_lm.fuse and go on with the model");
         }
@@ -14749,7 +14748,7 @@ private:
         if (a.shape.size() > 2) { made_.kernel.assign(a.shape.begin() + 2, a.shape.end()); }
         if (b.shape.size() > 2
             && std::any_of(b.shape.begin() + 2, b.shape.end(), [](auto side) { return side != 1; })) {
-            refuse(error_code::adapter_unsupported, "tensor '", b.name, "' has shape ", to_string(b.shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", b.name, "' has shape ", to_string(b.shape),
                 "; of a convolution's factors only the first has a kernel");
         }
     }
@@ -14757,7 +14756,7 @@ private:
     void join_mid(const safetensors_entry& mid, const safetensors_entry& down)
     {
         if (std::any_of(made_.kernel.begin(), made_.kernel.end(), [](auto side) { return side != 1; })) {
-            refuse(error_code::adapter_unsupported, "tensor '", down.name, "' has shape ", to_string(down.shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", down.name, "' has shape ", to_string(down.shape),
                 "; beside a '", mid.name, "' only that has a kernel");
         }
         made_.kernel.clear();
@@ -14785,7 +14784,7 @@ private:
         const bool by_output = dialect_ != adapter_dialect::kohya
             || (!entry.shape.empty() && static_cast<std::size_t>(entry.shape[0]) == outputs);
         if (made_.magnitude.size() != outputs || !by_output) {
-            refuse(error_code::adapter_unsupported, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
                 ", and module '", module_, "' has ", outputs,
                 " outputs: DoRA is folded where it has a magnitude for each output; fold it into its base with what "
                 "wrote it");
@@ -14796,7 +14795,7 @@ private:
         made_.bias.a = read_flat_factor<T>(file_, entry);
         const std::size_t outputs = made_.update.out();
         if (made_.bias.a.rows() != 1 || made_.bias.a.cols() != outputs) {
-            refuse(error_code::adapter_tensors, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
+            refuse_(error_code::adapter_tensors, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
                 ", and module '", module_, "' has ", outputs, " outputs");
         }
         made_.bias.b = identity_matrix<T>(1);
@@ -14806,7 +14805,7 @@ private:
     const std::string& module_;
     const adapter_parts& parts_;
     adapter_dialect dialect_;
-    std::string where_;
+    refusal refuse_;
     adapted_module<T> made_{};
     std::size_t rank_ = 0;
     bool any_ = false; ///< a factor has been read
@@ -15323,7 +15322,7 @@ public:
     /// `path` is what the adapter was named by, and `file` its tensors. Throws what opening the file throws.
     adapter_reader(const std::filesystem::path& path, const std::filesystem::path& file)
         : file_(open_weights(file, adapter_.notes))
-        , where_(file.string())
+        , refuse_{file.string()}
         , config_name_((file.parent_path() / peft_config_name).string())
     {
         adapter_.label = "'" + path.string() + "'";
@@ -15358,11 +15357,6 @@ private:
     using module_settings = component_settings::of_module;
 
     template <class... Parts>
-    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
-    {
-        raise<format_error>(code, message(parts...), where_);
-    }
-    template <class... Parts>
     void note(const Parts&... parts)
     {
         adapter_.notes.push_back(message(parts...));
@@ -15387,7 +15381,7 @@ private:
     void check_mlx_types() const
     {
         for (const auto& [module, parts] : tensors_.parts) {
-            check_mlx_type(adapter_.config, module, parts.get(role::magnitude) != nullptr, where_);
+            check_mlx_type(adapter_.config, module, parts.get(role::magnitude) != nullptr, refuse_.file);
         }
     }
     [[noreturn]] void refuse_empty() const
@@ -15395,7 +15389,7 @@ private:
         if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // another kind is said by its name
         const auto type = adapter_.config.find("fine_tune_type");
         const bool full = type != adapter_.config.end() && *type == "full";
-        refuse(error_code::adapter_tensors, "holds no factors of an adapter",
+        refuse_(error_code::adapter_tensors, "holds no factors of an adapter",
             full ? message(", as ", peft_config_name,
                        " says (fine_tune_type full): put its weights into the model with mlx_lm.fuse and go on with "
                        "that")
@@ -15413,7 +15407,7 @@ private:
             parameters_ = peft_parameters(adapter_.config, modules_, config_name_);
         }
         else if (kept != file_.metadata().end() && (is(adapter_dialect::peft) || is(adapter_dialect::diffusers))) {
-            settings_ = component_settings(diffusers_settings(kept->second, where_));
+            settings_ = component_settings(diffusers_settings(kept->second, refuse_.file));
             adapter_.dialect = adapter_dialect::diffusers;
         }
     }
@@ -15435,7 +15429,7 @@ private:
             return;
         }
         auto [made, rank] = module_reader<T>(file_, module, parts, tensors_.dialect).read();
-        if (said) { said.settings->check(module, made.kind, made.bias.rank() > 0, where_); }
+        if (said) { said.settings->check(module, made.kind, made.bias.rank() > 0, refuse_.file); }
         std::size_t matrices = 1;
         if (!parameter.empty()) {
             check_plain(parameter, made);
@@ -15457,12 +15451,12 @@ private:
         const bool adalora = said && said.settings->type() == "ADALORA";
         const auto* const values = parts.get(role::singular);
         if (values && !adalora) {
-            refuse(error_code::adapter_tensors, "tensor '", values->name, "' is AdaLoRA's, ",
+            refuse_(error_code::adapter_tensors, "tensor '", values->name, "' is AdaLoRA's, ",
                 said ? message("but ", peft_config_name, " says peft_type ", said.settings->type())
                      : message("whose scaling is in ", peft_config_name, ": name the directory that holds both"));
         }
         if (adalora && !values) {
-            refuse(
+            refuse_(
                 error_code::adapter_tensors, "module '", module, "' has no lora_E, which every module of AdaLoRA has");
         }
         return values && values->bytes == 0;
@@ -15471,7 +15465,7 @@ private:
     void check_plain(const std::string& parameter, const adapted_module<T>& made) const
     {
         if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
-            refuse(error_code::adapter_unsupported, "parameter '", parameter,
+            refuse_(error_code::adapter_unsupported, "parameter '", parameter,
                 "' has factors of another kind than those of plain LoRA: ", fold_with_peft);
         }
     }
@@ -15482,7 +15476,7 @@ private:
         const double expected = said.settings->rank(said.name), all = static_cast<double>(rank);
         const std::size_t matrices = expected >= 1 ? static_cast<std::size_t>(all / expected) : 0;
         if (matrices == 0 || static_cast<double>(matrices) * expected != all) {
-            refuse(error_code::adapter_tensors, "the factors of parameter '", parameter, "' have rank ", rank,
+            refuse_(error_code::adapter_tensors, "the factors of parameter '", parameter, "' have rank ", rank,
                 " in all, and ", peft_config_name, " says ", expected,
                 " of each matrix: the one is no multiple of the other");
         }
@@ -15495,7 +15489,7 @@ private:
         if (!entry) { return std::nullopt; }
         const auto value = read_flat_factor<double>(file_, *entry);
         if (value.size() != 1 || !std::isfinite(value.data()[0])) {
-            refuse(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
+            refuse_(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
                 " is no finite number");
         }
         return value.data()[0];
@@ -15504,7 +15498,7 @@ private:
     [[nodiscard]] double scaling_of(const module_settings& said, std::size_t rank, const std::optional<double>& alpha)
     {
         if (mlx_.rank && static_cast<double>(rank) != *mlx_.rank) { ++other_ranks_; }
-        if (said) { return said.settings->scaling(said.name, rank, alpha, where_); }
+        if (said) { return said.settings->scaling(said.name, rank, alpha, refuse_.file); }
         if (mlx_.scale) { return *mlx_.scale; }
         if (rank == 0) { return 1; }
         if (alpha) { return *alpha / static_cast<double>(rank); }
@@ -15580,7 +15574,8 @@ private:
 
     adapter_contents<T> adapter_{};
     safetensors_file file_;
-    std::string where_, config_name_;
+    refusal refuse_;
+    std::string config_name_;
     std::optional<peft_config_file> configuration_{};
     adapter_tensors tensors_{};
     std::vector<std::string> modules_{};

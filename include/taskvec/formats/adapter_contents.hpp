@@ -151,6 +151,17 @@ struct layer_place {
 /// each field under its component's name ("unet.lora_alpha").
 inline constexpr const char* diffusers_metadata_key = "lora_adapter_metadata";
 
+/// Refuses a file, by its name and a sentence of parts.
+struct refusal {
+    std::string file;
+
+    template <class... Parts>
+    [[noreturn]] void operator()(error_code code, const Parts&... parts) const
+    {
+        raise<format_error>(code, message(parts...), file);
+    }
+};
+
 /// All entries of a stored factor in T, as rows of its first extent.
 template <class T>
 [[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)

@@ -73,9 +73,7 @@ template <arithmetic_element T = float>
     adapter.dialect = adapter_dialect::gguf;
     adapter.label = "'" + where + "'";
     adapter.file = path;
-    const auto refuse = [&](error_code code, const auto&... parts) {
-        raise<format_error>(code, message(parts...), where);
-    };
+    const detail::refusal refuse{where};
     const auto type = header.text("general.type"), kind = header.text("adapter.type");
     if (type != "adapter" || kind != "lora") {
         refuse(error_code::adapter_unsupported, "is a GGUF file whose ",

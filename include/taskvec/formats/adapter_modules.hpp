@@ -37,7 +37,7 @@ public:
         , module_(module)
         , parts_(parts)
         , dialect_(dialect)
-        , where_(file.path().string())
+        , refuse_{file.path().string()}
     { }
     /// Throws format_error for halves without partners, factors of more than one kind or of none, a rank of 0, and what
     /// no update can say; shape_mismatch; dtype_mismatch.
@@ -56,14 +56,9 @@ private:
     using role = adapter_role;
 
     template <class... Parts>
-    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
-    {
-        raise<format_error>(code, message(parts...), where_);
-    }
-    template <class... Parts>
     [[noreturn]] void refuse_shape(const Parts&... parts) const
     {
-        raise<shape_mismatch>(error_code::factor_rank, message("'", where_, "': ", parts...));
+        raise<shape_mismatch>(error_code::factor_rank, message("'", refuse_.file, "': ", parts...));
     }
 
     /// What the module is made of.
@@ -74,7 +69,7 @@ private:
             if (const auto found = form_of(one.first)) { forms.insert(*found); }
         }
         if (forms.size() != 1) {
-            refuse(error_code::adapter_tensors, "module '", module_, "' has ",
+            refuse_(error_code::adapter_tensors, "module '", module_, "' has ",
                 forms.empty() ? "an alpha, a magnitude or a bias but no factors" : "factors of more than one kind");
         }
         return *forms.begin();
@@ -84,7 +79,7 @@ private:
     {
         const auto* const found = parts_.get(which);
         if (!found) {
-            refuse(error_code::adapter_tensors, "module '", module_, "' has ", other, " but no ", word,
+            refuse_(error_code::adapter_tensors, "module '", module_, "' has ", other, " but no ", word,
                 ": half of its update is missing");
         }
         return *found;
@@ -121,7 +116,7 @@ private:
     }
     void refuse_rank_0(std::size_t rank) const
     {
-        if (rank == 0) { refuse(error_code::adapter_tensors, "module '", module_, "' has rank 0"); }
+        if (rank == 0) { refuse_(error_code::adapter_tensors, "module '", module_, "' has rank 0"); }
     }
     /// Refuses factors that make no product.
     void check_fit(const matrix<T>& b, const matrix<T>& a, std::string_view left, std::string_view right) const
@@ -138,7 +133,7 @@ private:
         for (const auto which : {role::magnitude, role::bias, role::mid, role::singular}) {
             const auto* const beside = parts_.get(which);
             if (!beside) { continue; }
-            refuse(error_code::adapter_unsupported, "tensor '", beside->name, "' stands beside the factors of ",
+            refuse_(error_code::adapter_unsupported, "tensor '", beside->name, "' stands beside the factors of ",
                 made_.kind, " in module '", module_,
                 "', whose update is another one with it: fold it into its base with what wrote it");
         }
@@ -197,11 +192,11 @@ private:
         const auto* const w2 = parts_.get(role::lokr_w2);
         if (!w2) { return; }
         if (parts_.get(role::lokr_t2)) {
-            refuse(error_code::adapter_tensors, "module '", module_,
+            refuse_(error_code::adapter_tensors, "module '", module_,
                 "' has lokr_w2 whole, and a core lokr_t2 of it: one of the two is another module's");
         }
         if (w2->shape.size() == 3 && dialect_ == adapter_dialect::peft) {
-            refuse(error_code::adapter_unsupported, "tensor '", w2->name, "' has shape ", to_string(w2->shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", w2->name, "' has shape ", to_string(w2->shape),
                 ": of a convolution over one side PEFT lays LoKr's product out in another order than the weight's, "
                 "which no update of low rank equals; ",
                 fold_with_peft);
@@ -261,7 +256,7 @@ private:
     {
         for (const auto* entry : factors) {
             if (entry->shape.size() == 2) { continue; }
-            refuse(error_code::adapter_unsupported, "tensor '", entry->name, "' has shape ", to_string(entry->shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", entry->name, "' has shape ", to_string(entry->shape),
                 "; expected a matrix: updates of experts (MLX's LoRASwitchLinear) are not read, fuse them with "
                 "mlx_lm.fuse and go on with the model");
         }
@@ -272,7 +267,7 @@ private:
         if (a.shape.size() > 2) { made_.kernel.assign(a.shape.begin() + 2, a.shape.end()); }
         if (b.shape.size() > 2
             && std::any_of(b.shape.begin() + 2, b.shape.end(), [](auto side) { return side != 1; })) {
-            refuse(error_code::adapter_unsupported, "tensor '", b.name, "' has shape ", to_string(b.shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", b.name, "' has shape ", to_string(b.shape),
                 "; of a convolution's factors only the first has a kernel");
         }
     }
@@ -280,7 +275,7 @@ private:
     void join_mid(const safetensors_entry& mid, const safetensors_entry& down)
     {
         if (std::any_of(made_.kernel.begin(), made_.kernel.end(), [](auto side) { return side != 1; })) {
-            refuse(error_code::adapter_unsupported, "tensor '", down.name, "' has shape ", to_string(down.shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", down.name, "' has shape ", to_string(down.shape),
                 "; beside a '", mid.name, "' only that has a kernel");
         }
         made_.kernel.clear();
@@ -308,7 +303,7 @@ private:
         const bool by_output = dialect_ != adapter_dialect::kohya
             || (!entry.shape.empty() && static_cast<std::size_t>(entry.shape[0]) == outputs);
         if (made_.magnitude.size() != outputs || !by_output) {
-            refuse(error_code::adapter_unsupported, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
+            refuse_(error_code::adapter_unsupported, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
                 ", and module '", module_, "' has ", outputs,
                 " outputs: DoRA is folded where it has a magnitude for each output; fold it into its base with what "
                 "wrote it");
@@ -319,7 +314,7 @@ private:
         made_.bias.a = read_flat_factor<T>(file_, entry);
         const std::size_t outputs = made_.update.out();
         if (made_.bias.a.rows() != 1 || made_.bias.a.cols() != outputs) {
-            refuse(error_code::adapter_tensors, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
+            refuse_(error_code::adapter_tensors, "tensor '", entry.name, "' has shape ", to_string(entry.shape),
                 ", and module '", module_, "' has ", outputs, " outputs");
         }
         made_.bias.b = identity_matrix<T>(1);
@@ -329,7 +324,7 @@ private:
     const std::string& module_;
     const adapter_parts& parts_;
     adapter_dialect dialect_;
-    std::string where_;
+    refusal refuse_;
     adapted_module<T> made_{};
     std::size_t rank_ = 0;
     bool any_ = false; ///< a factor has been read

@@ -32,7 +32,7 @@ public:
     /// `path` is what the adapter was named by, and `file` its tensors. Throws what opening the file throws.
     adapter_reader(const std::filesystem::path& path, const std::filesystem::path& file)
         : file_(open_weights(file, adapter_.notes))
-        , where_(file.string())
+        , refuse_{file.string()}
         , config_name_((file.parent_path() / peft_config_name).string())
     {
         adapter_.label = "'" + path.string() + "'";
@@ -67,11 +67,6 @@ private:
     using module_settings = component_settings::of_module;
 
     template <class... Parts>
-    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
-    {
-        raise<format_error>(code, message(parts...), where_);
-    }
-    template <class... Parts>
     void note(const Parts&... parts)
     {
         adapter_.notes.push_back(message(parts...));
@@ -96,7 +91,7 @@ private:
     void check_mlx_types() const
     {
         for (const auto& [module, parts] : tensors_.parts) {
-            check_mlx_type(adapter_.config, module, parts.get(role::magnitude) != nullptr, where_);
+            check_mlx_type(adapter_.config, module, parts.get(role::magnitude) != nullptr, refuse_.file);
         }
     }
     [[noreturn]] void refuse_empty() const
@@ -104,7 +99,7 @@ private:
         if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // another kind is said by its name
         const auto type = adapter_.config.find("fine_tune_type");
         const bool full = type != adapter_.config.end() && *type == "full";
-        refuse(error_code::adapter_tensors, "holds no factors of an adapter",
+        refuse_(error_code::adapter_tensors, "holds no factors of an adapter",
             full ? message(", as ", peft_config_name,
                        " says (fine_tune_type full): put its weights into the model with mlx_lm.fuse and go on with "
                        "that")
@@ -122,7 +117,7 @@ private:
             parameters_ = peft_parameters(adapter_.config, modules_, config_name_);
         }
         else if (kept != file_.metadata().end() && (is(adapter_dialect::peft) || is(adapter_dialect::diffusers))) {
-            settings_ = component_settings(diffusers_settings(kept->second, where_));
+            settings_ = component_settings(diffusers_settings(kept->second, refuse_.file));
             adapter_.dialect = adapter_dialect::diffusers;
         }
     }
@@ -144,7 +139,7 @@ private:
             return;
         }
         auto [made, rank] = module_reader<T>(file_, module, parts, tensors_.dialect).read();
-        if (said) { said.settings->check(module, made.kind, made.bias.rank() > 0, where_); }
+        if (said) { said.settings->check(module, made.kind, made.bias.rank() > 0, refuse_.file); }
         std::size_t matrices = 1;
         if (!parameter.empty()) {
             check_plain(parameter, made);
@@ -166,12 +161,12 @@ private:
         const bool adalora = said && said.settings->type() == "ADALORA";
         const auto* const values = parts.get(role::singular);
         if (values && !adalora) {
-            refuse(error_code::adapter_tensors, "tensor '", values->name, "' is AdaLoRA's, ",
+            refuse_(error_code::adapter_tensors, "tensor '", values->name, "' is AdaLoRA's, ",
                 said ? message("but ", peft_config_name, " says peft_type ", said.settings->type())
                      : message("whose scaling is in ", peft_config_name, ": name the directory that holds both"));
         }
         if (adalora && !values) {
-            refuse(
+            refuse_(
                 error_code::adapter_tensors, "module '", module, "' has no lora_E, which every module of AdaLoRA has");
         }
         return values && values->bytes == 0;
@@ -180,7 +175,7 @@ private:
     void check_plain(const std::string& parameter, const adapted_module<T>& made) const
     {
         if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
-            refuse(error_code::adapter_unsupported, "parameter '", parameter,
+            refuse_(error_code::adapter_unsupported, "parameter '", parameter,
                 "' has factors of another kind than those of plain LoRA: ", fold_with_peft);
         }
     }
@@ -191,7 +186,7 @@ private:
         const double expected = said.settings->rank(said.name), all = static_cast<double>(rank);
         const std::size_t matrices = expected >= 1 ? static_cast<std::size_t>(all / expected) : 0;
         if (matrices == 0 || static_cast<double>(matrices) * expected != all) {
-            refuse(error_code::adapter_tensors, "the factors of parameter '", parameter, "' have rank ", rank,
+            refuse_(error_code::adapter_tensors, "the factors of parameter '", parameter, "' have rank ", rank,
                 " in all, and ", peft_config_name, " says ", expected,
                 " of each matrix: the one is no multiple of the other");
         }
@@ -204,7 +199,7 @@ private:
         if (!entry) { return std::nullopt; }
         const auto value = read_flat_factor<double>(file_, *entry);
         if (value.size() != 1 || !std::isfinite(value.data()[0])) {
-            refuse(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
+            refuse_(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
                 " is no finite number");
         }
         return value.data()[0];
@@ -213,7 +208,7 @@ private:
     [[nodiscard]] double scaling_of(const module_settings& said, std::size_t rank, const std::optional<double>& alpha)
     {
         if (mlx_.rank && static_cast<double>(rank) != *mlx_.rank) { ++other_ranks_; }
-        if (said) { return said.settings->scaling(said.name, rank, alpha, where_); }
+        if (said) { return said.settings->scaling(said.name, rank, alpha, refuse_.file); }
         if (mlx_.scale) { return *mlx_.scale; }
         if (rank == 0) { return 1; }
         if (alpha) { return *alpha / static_cast<double>(rank); }
@@ -289,7 +284,8 @@ private:
 
     adapter_contents<T> adapter_{};
     safetensors_file file_;
-    std::string where_, config_name_;
+    refusal refuse_;
+    std::string config_name_;
     std::optional<peft_config_file> configuration_{};
     adapter_tensors tensors_{};
     std::vector<std::string> modules_{};

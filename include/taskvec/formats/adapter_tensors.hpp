@@ -49,7 +49,7 @@ class adapter_sorter {
 public:
     explicit adapter_sorter(const safetensors_file& file)
         : file_(file)
-        , where_(file.path().string())
+        , refuse_{file.path().string()}
     { }
     /// Throws format_error for a tensor that is no part of an adapter, or is there twice; more dialects, or adapters,
     /// than one.
@@ -74,16 +74,11 @@ public:
 private:
     using role = adapter_role;
 
-    template <class... Parts>
-    [[noreturn]] void refuse(error_code code, const Parts&... parts) const
-    {
-        raise<format_error>(code, message(parts...), where_);
-    }
     [[nodiscard]] std::string_view without_prefix(const safetensors_entry& entry) const
     {
         const std::string_view name = entry.name;
         if (!name.starts_with(peft_prefix)) {
-            refuse(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
+            refuse_(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
                 "' as others of it do");
         }
         return name.substr(peft_prefix.size());
@@ -91,7 +86,7 @@ private:
     void check_known(const adapter_role& found, const safetensors_entry& entry) const
     {
         if (found.role == role::unknown) {
-            refuse(error_code::adapter_unsupported, "tensor '", entry.name,
+            refuse_(error_code::adapter_unsupported, "tensor '", entry.name,
                 "' is no part of a LoRA, AdaLoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what wrote "
                 "it");
         }
@@ -114,7 +109,7 @@ private:
         }
         if (*dialect_ == *found.dialect) { return; }
         if (!of_diffusers(*dialect_, first_name_) || !of_diffusers(*found.dialect, entry.name)) {
-            refuse(error_code::adapter_tensors, "mixes dialects: '", first_name_, "' is ", to_string(*dialect_),
+            refuse_(error_code::adapter_tensors, "mixes dialects: '", first_name_, "' is ", to_string(*dialect_),
                 "'s, and '", entry.name, "' ", to_string(*found.dialect), "'s; split the file, or save it anew");
         }
         dialect_ = adapter_dialect::diffusers;
@@ -123,7 +118,7 @@ private:
     {
         if (found.adapter.empty()) { return; }
         if (!adapter_.empty() && found.adapter != adapter_) {
-            refuse(error_code::adapter_tensors, "holds the adapters '", adapter_, "' and '", found.adapter,
+            refuse_(error_code::adapter_tensors, "holds the adapters '", adapter_, "' and '", found.adapter,
                 "': save each into a file of its own");
         }
         adapter_ = found.adapter;
@@ -146,7 +141,7 @@ private:
         const bool once_more = first.dtype == entry.dtype && first.shape == entry.shape
             && std::memcmp(file_.tensor(first).data, file_.tensor(entry).data, entry.bytes) == 0;
         if (!once_more) {
-            refuse(error_code::adapter_tensors, "tensor '", entry.name, "' is the second such factor of its module");
+            refuse_(error_code::adapter_tensors, "tensor '", entry.name, "' is the second such factor of its module");
         }
     }
     /// Names of LoHa and LoKr do not tell it, but for kohya's underscores.
@@ -168,7 +163,7 @@ private:
     }
 
     const safetensors_file& file_;
-    std::string where_;
+    refusal refuse_;
     adapter_tensors sorted_{};
     std::optional<adapter_dialect> dialect_{}; ///< nothing: no name has told it yet
     std::string first_name_{}; ///< that told it
