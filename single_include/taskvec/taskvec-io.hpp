@@ -15532,9 +15532,7 @@ private:
             adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
         for (const auto& module : out) { adapter_.modules.erase(module); }
         if (out.empty()) { return; }
-        note("factors of ", out.size(), " of ", modules_.size(), " modules in ", adapter_.label, " ('", out.front(),
-            out.size() > 1 ? "', …" : "'", ") are left out, as PEFT does: ", peft_config_name,
-            " leaves these modules out (target_modules, exclude_modules or layers_to_transform)");
+        note(left_out_words(adapter_.label, out, modules_.size()));
     }
     void note_ranks()
     {
