@@ -6,6 +6,8 @@
 #include "scoring.hpp"
 #include "words.hpp"
 
+#include <yaml-cpp/eventhandler.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <fstream>
@@ -13,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <string_view>
 #include <utility>
 
@@ -45,6 +48,35 @@ std::string read_text(const std::string& config)
     return text;
 }
 
+/// Stops where yaml-cpp would find documents without an end: it makes one of a token that may not stand there, such as
+/// a comma, and takes nothing for it.
+class document_ends final : public YAML::EventHandler {
+public:
+    explicit document_ends(const place& where)
+        : where_(where)
+    { }
+    void OnDocumentStart(const YAML::Mark& mark) override
+    {
+        if (before_ && *before_ == mark.pos) {
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::json_syntax,
+                where_.of(mark) + ": this is no YAML: nothing can begin with what stands here", "");
+        }
+        before_ = mark.pos;
+    }
+    void OnDocumentEnd() override { }
+    void OnNull(const YAML::Mark&, YAML::anchor_t) override { }
+    void OnAlias(const YAML::Mark&, YAML::anchor_t) override { }
+    void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override { }
+    void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override { }
+    void OnSequenceEnd() override { }
+    void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override { }
+    void OnMapEnd() override { }
+
+private:
+    const place& where_;
+    std::optional<int> before_;
+};
+
 /// The documents of a file.
 std::vector<YAML::Node> load(const std::string& config)
 {
@@ -52,6 +84,10 @@ std::vector<YAML::Node> load(const std::string& config)
     const auto text = read_text(config);
     std::vector<YAML::Node> documents;
     try {
+        std::istringstream stream(text);
+        YAML::Parser parser(stream);
+        document_ends ends(where);
+        while (parser.HandleNextDocument(ends)) { }
         documents = YAML::LoadAll(text);
     }
     catch (const YAML::Exception& wrong) {

@@ -485,6 +485,11 @@ TEST_CASE("what is wrong with a configuration is said with its place")
     has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
     has(m.refusal(head + tasks + "---\n" + head), "config.yml:1:1: 'name' is missing");
     has(m.refusal(head + "models: [\n"), "this is no YAML");
+    // A token that may not stand there, of which yaml-cpp makes documents without an end.
+    for (const std::string text : {",", "--- ,", "[a], b", "!!str ,", "&a ,"}) {
+        CAPTURE(text);
+        has(m.refusal(text), "this is no YAML: nothing can begin with what stands here");
+    }
     has(m.refusal(""), "is empty");
     has(m.refusal("[]"), "config.yml:1:1: a configuration is a list; expected a mapping");
 }
