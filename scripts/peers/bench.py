@@ -311,15 +311,17 @@ class Bench:
     def size(self, key, models):
         adapters = made_adapters(self.work, models[0], self.venv)
         kept = self.results["sizes"].setdefault(key, {"bytes": bytes_of(models[:1]), "rows": {}})
-        rows = {name: row for name, row in rows_of(self.work, models, adapters, self.tool, self.venv).items() if re.search(self.given.only, name)}
+        every = rows_of(self.work, models, adapters, self.tool, self.venv)
+        rows = {name: row for name, row in every.items() if re.search(self.given.only, name)}
         if not rows:
-            fail(f"--only {self.given.only} names no row; there are: {', '.join(rows_of(self.work, models, adapters, self.tool, self.venv))}")
+            fail(f"--only {self.given.only} names no row; there are: {', '.join(every)}")
         out = self.work / "out"
         room = int(re.search(r"MemAvailable: +(\d+)", pathlib.Path("/proc/meminfo").read_text())[1]) << 10
         without = {**self.environment, "LD_PRELOAD": str(self.shim)}
         for name, row in rows.items():
             mine = kept["rows"].setdefault(name, {})
             mine |= {"words": row.words, "peer": row.peer, "like": row.like}
+            kept["rows"] = {name: kept["rows"][name] for name in every if name in kept["rows"]}  # in order, whichever came first
             moved = bytes_of(row.reads) + kept["bytes"]
             for cache in row.caches:
                 if cache == "warm" and 1.3 * moved > room:
