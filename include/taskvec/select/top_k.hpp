@@ -557,14 +557,12 @@ private:
             a.low = found.low;
             a.high = found.high;
             a.collecting = true;
-            const auto of_all = [&](const auto& holds) {
-                return static_cast<double>(c.inside) / static_cast<double>(sample.size())
-                    * static_cast<double>(std::count_if(sample.begin(), sample.end(), holds));
+            const auto in_sample = [&](bits low, bits high) {
+                return static_cast<double>(kernels::look_again<A>(sample, low, high).inside);
             };
-            a.expected = of_all([&](bits x) { return x >= a.low && x <= a.high; });
+            a.expected = static_cast<double>(c.inside) / static_cast<double>(sample.size()) * in_sample(a.low, a.high);
             // One value that fills the bracket and more, and would not fit, is looked at alone: its equals are counted.
-            if (a.expected > static_cast<double>(capacity_) / 2
-                && static_cast<double>(std::count(sample.begin(), sample.end(), found.value)) > found.margin) {
+            if (a.expected > static_cast<double>(capacity_) / 2 && in_sample(found.value, found.value) > found.margin) {
                 a.low = a.high = found.value;
             }
             return;
@@ -732,12 +730,15 @@ private:
         }
         else if (!overflow) {
             std::pmr::vector<bits> joined(memory_);
-            if (seen.workers() > 1) { joined.reserve(static_cast<std::size_t>(a.inside)); }
-            for (std::size_t w = 0; w < seen.workers() && seen.workers() > 1; ++w) {
-                const auto& found = seen.of(w, t).values;
-                joined.insert(joined.end(), found.begin(), found.end());
+            std::span<const bits> values = seen.of(0, t).values;
+            if (seen.workers() > 1) {
+                joined.reserve(static_cast<std::size_t>(a.inside));
+                for (std::size_t w = 0; w < seen.workers(); ++w) {
+                    const auto& found = seen.of(w, t).values;
+                    joined.insert(joined.end(), found.begin(), found.end());
+                }
+                values = joined;
             }
-            const std::span<const bits> values = seen.workers() > 1 ? joined : seen.of(0, t).values;
             const bits answer =
                 magnitude_of_rank<A>(values, static_cast<std::size_t>(c.k - c.above - 1), a.low, a.high, memory_);
             std::pmr::vector<std::uint32_t> equal(range_.last - range_.first, 0, memory_);
