@@ -53,6 +53,40 @@ template <storage_element T, arithmetic_element A>
 inline constexpr bool has_row_packs =
     std::same_as<T, A> || (std::same_as<A, float> && sizeof(T) == 2 && has_pack_conversion<T>);
 
+#if TASKVEC_VECTORS()
+#if defined(__x86_64__) && !defined(__clang__) // g++ 12 would convert halves, and put them together
+#define TASKVEC_WIDENS_AT_ONCE 1
+#else
+#define TASKVEC_WIDENS_AT_ONCE 0
+#endif
+/// 16-bit codes in words of 32 bits, from memory.
+template <int bytes>
+TASKVEC_INLINE void widen_lanes(const std::uint16_t* from, pack_words<float, bytes>& wide) noexcept
+{
+    const auto& codes =
+        *reinterpret_cast<const typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere*>(from);
+    if constexpr (TASKVEC_WIDENS_AT_ONCE && bytes > 16) { asm("vpmovzxwd %1, %0" : "=v"(wide.lanes) : "m"(codes)); }
+    else { // the baseline has none
+        wide.lanes = __builtin_convertvector(codes, decltype(wide.lanes));
+    }
+}
+/// Floats as doubles, from memory.
+template <int bytes>
+TASKVEC_INLINE void widen_lanes(const float* from, pack<double, bytes>& wide) noexcept
+{
+    const auto& numbers =
+        *reinterpret_cast<const typename taskvec::detail::vector_of<float, bytes / 2>::anywhere*>(from);
+    if constexpr (TASKVEC_WIDENS_AT_ONCE && bytes > 16) { asm("vcvtps2pd %1, %0" : "=v"(wide.lanes) : "m"(numbers)); }
+    else if constexpr (TASKVEC_WIDENS_AT_ONCE) {
+        asm("cvtps2pd %1, %0" : "=x"(wide.lanes) : "m"(numbers));
+    }
+    else {
+        wide.lanes = __builtin_convertvector(numbers, decltype(wide.lanes));
+    }
+}
+#undef TASKVEC_WIDENS_AT_ONCE
+#endif
+
 /// `bytes` of consecutive entries of A, from stored words of T (one entry for 0 bytes), and back.
 template <arithmetic_element A, int bytes, storage_element T>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> load_row(const storage_word<T>* from) noexcept
@@ -65,10 +99,9 @@ template <arithmetic_element A, int bytes, storage_element T>
     }
 #if TASKVEC_VECTORS()
     else {
-        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
-        using lanes = typename taskvec::detail::vector_of<std::int32_t, bytes>::type;
-        return pack_conversion<T>::widen(
-            pack_words<A, bytes>{__builtin_convertvector(*reinterpret_cast<const codes*>(from), lanes)});
+        pack_words<A, bytes> words;
+        widen_lanes(from, words);
+        return pack_conversion<T>::widen(words);
     }
 #endif
 }
@@ -241,8 +274,9 @@ template <int bytes, arithmetic_element A>
     }
 #if TASKVEC_VECTORS()
     else {
-        using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
-        return {__builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+        pack<double, bytes> wide;
+        widen_lanes(from, wide);
+        return wide;
     }
 #endif
 }
