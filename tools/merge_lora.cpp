@@ -11,6 +11,7 @@
 #include <taskvec/adapters/merge_as_peft.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/adapters/phi_space.hpp>
+#include <taskvec/core/matrix.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 
@@ -356,14 +357,6 @@ private:
     /// Which row of an adapter each row of the result is.
     using rows_of_tokens = std::vector<std::optional<std::uint64_t>>;
 
-    static taskvec::matrix<T> turned_over(const taskvec::matrix<T>& x)
-    {
-        taskvec::matrix<T> y(x.cols(), x.rows(), taskvec::matrix_order::row_major);
-        for (std::size_t i = 0; i < x.rows(); ++i) {
-            for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
-        }
-        return y;
-    }
     /// The factor that has a row, or a column, for each token.
     static void line_up_factors(
         std::vector<token_rows>& members, const std::vector<rows_of_tokens>& rows, const std::string& name, bool in_phi)
@@ -374,7 +367,7 @@ private:
             const auto place = members[m].adapter->updates.find(module);
             if (place == members[m].adapter->updates.end() || name != module + ".weight") { continue; }
             const bool embedding = members[m].adapter->embeddings.contains(module);
-            before[m] = embedding ? turned_over(place->second.a) : place->second.b;
+            before[m] = embedding ? taskvec::transposed_copy(place->second.a) : place->second.b;
         }
         for (std::size_t m = 0; m < members.size(); ++m) {
             if (before[m].empty()) { continue; }
@@ -392,7 +385,7 @@ private:
                 }
             }
             auto& update = members[m].adapter->updates.at(module);
-            if (members[m].adapter->embeddings.contains(module)) { update.a = turned_over(after); }
+            if (members[m].adapter->embeddings.contains(module)) { update.a = taskvec::transposed_copy(after); }
             else {
                 update.b = std::move(after);
             }

@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <cstddef>
+
 using namespace taskvec;
 
 TEST_CASE("a matrix view reads either order, blocks and transposes without a copy")
@@ -20,6 +22,23 @@ TEST_CASE("a matrix view reads either order, blocks and transposes without a cop
     CHECK(rows.left_columns(2)(1, 1) == 5);
     CHECK(rows.size() == 6);
     CHECK(matrix_view<const float>(data, 0, 3, matrix_order::row_major).empty());
+}
+
+TEST_CASE("a transposed copy has the entries the other way round, in memory of its own")
+{
+    matrix<float> x(2, 3);
+    for (std::size_t i = 0; i < 2; ++i) {
+        for (std::size_t j = 0; j < 3; ++j) { x(i, j) = static_cast<float>(10 * i + j); }
+    }
+    const auto y = transposed_copy(x);
+    CHECK(y.rows() == 3);
+    CHECK(y.cols() == 2);
+    CHECK(y.order() == matrix_order::row_major);
+    CHECK(y(2, 0) == 2);
+    CHECK(y(0, 1) == 10);
+    CHECK(y(2, 1) == 12);
+    CHECK(y.data() != x.data());
+    CHECK(transposed_copy(matrix<float>(0, 3)).rows() == 3);
 }
 
 TEST_CASE("a mutable view is a view of const elements, and can be copied")

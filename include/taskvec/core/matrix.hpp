@@ -153,4 +153,17 @@ private:
     matrix_order order_ = matrix_order::column_major;
 };
 
+/// The transposed matrix in memory of its own, row-major.
+///
+///     const matrix<float> in_by_out = transposed_copy(out_by_in);
+template <storage_element T>
+[[nodiscard]] matrix<T> transposed_copy(const matrix<T>& x)
+{
+    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+    }
+    return y;
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

@@ -175,16 +175,6 @@ template <class T>
     return read_factor<T>(file, flat);
 }
 
-template <class T>
-[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
-{
-    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
-    }
-    return y;
-}
-
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // of rows. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/matrix.hpp>
 #include <taskvec/formats/adapter_contents.hpp>
 
 #include <cmath>
@@ -158,7 +159,7 @@ template <arithmetic_element T = float>
         made.stored = wider(pair.a->dtype, pair.b->dtype);
         made.update.a = detail::read_factor<T>(file, *pair.a);
         made.update.b = detail::read_factor<T>(file, *pair.b);
-        if (made.embedding) { made.update.a = detail::turned_over(made.update.a); }
+        if (made.embedding) { made.update.a = transposed_copy(made.update.a); }
         if (made.update.a.rows() != made.update.b.cols()) {
             raise<shape_mismatch>(error_code::factor_rank,
                 message("'", where, "': '", name, "': lora_a has shape ", to_string(pair.a->shape), " and lora_b ",

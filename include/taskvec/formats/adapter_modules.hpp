@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/matrix.hpp>
 #include <taskvec/formats/adapter_contents.hpp>
 #include <taskvec/formats/adapter_roles.hpp>
 #include <taskvec/formats/adapter_tensors.hpp>
@@ -112,7 +113,7 @@ private:
     void join_core(const safetensors_entry& core, matrix<T>& left, matrix<T>& right)
     {
         right = along_core(core_between(core, left.rows(), right.rows()), right);
-        left = turned_over(left);
+        left = transposed_copy(left);
     }
     void refuse_rank_0(std::size_t rank) const
     {
@@ -240,8 +241,8 @@ private:
         made_.update.a = factor(a);
         made_.update.b = factor(b);
         if (mlx) {
-            made_.update.a = turned_over(made_.update.a);
-            made_.update.b = turned_over(made_.update.b);
+            made_.update.a = transposed_copy(made_.update.a);
+            made_.update.b = transposed_copy(made_.update.b);
         }
         take_kernel(a, b);
         if (const auto* const mid = parts_.get(role::mid)) { join_mid(*mid, a); }
