@@ -16,6 +16,7 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -321,6 +322,7 @@ public:
                     ".tmp");
             file_ = detail::descriptor(detail::system::open_new(temporary_));
             if (file_) {
+                (void)detail::system::lock(file_.get()); // see is_in_use()
                 detail::temporaries::add(temporary_);
                 break;
             }
@@ -407,6 +409,7 @@ public:
         if (file_) { return; }
         file_ = detail::descriptor(detail::system::open_to_write(temporary_));
         if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
+        (void)detail::system::lock(file_.get());
     }
 
     /// Takes the bytes of a finished file in place of its own: another name of it, or a copy where the file system has
@@ -593,6 +596,14 @@ inline constexpr std::string_view put_aside_ending = ".old", was_not_there_endin
     return process > 0 && detail::system::is_gone(process);
 }
 
+/// Whether somebody is writing a temporary file or directory, in whichever container: both are locked meanwhile, on
+/// file systems with such locks (flock).
+[[nodiscard]] inline bool is_in_use(const std::filesystem::path& temporary) noexcept
+{
+    const detail::descriptor file(detail::system::open_to_read(temporary));
+    return file && detail::system::lock(file.get()) != 0 && errno == EWOULDBLOCK;
+}
+
 /// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
 /// files were still to come, the old ones, which had gone aside, return. Returns the names that did. `lock`: on the
 /// directory, held. Called by output_directory.
@@ -683,9 +694,10 @@ public:
             level = level.parent_path()) {
             missing.push_back(level);
         }
-        missing.insert(missing.begin(), path_ = sibling_name());
-        made_.reserve(missing.size());
+        made_.reserve(missing.size() + 1);
         for (; !missing.empty(); missing.pop_back()) { make(std::move(missing.back())); }
+        make(path_ = sibling_name());
+        lock_new();
     }
     output_directory(const output_directory&) = delete;
     output_directory& operator=(const output_directory&) = delete;
@@ -739,14 +751,29 @@ private:
         , path_(target_)
         , mode_(mode)
     { }
+    /// So that is_in_use() holds of the new directory.
+    void lock_new() noexcept
+    {
+#if !defined(_WIN32) // where what is open keeps its name
+        in_use_ = detail::descriptor(detail::system::open_to_read(path_));
+        if (in_use_) { (void)detail::system::lock(in_use_.get()); }
+#endif
+    }
+    /// A name that nothing has: what a killed run left may be called as this process would call its own, since
+    /// containers number their processes alike.
     [[nodiscard]] std::filesystem::path sibling_name() const
     {
         static std::atomic<unsigned> counter{0};
-        return detail::directory_of(target_)
-            / message(".taskvec-", detail::system::process(), "-directory-",
-                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+        for (;;) {
+            auto name = detail::directory_of(target_)
+                / message(".taskvec-", detail::system::process(), "-directory-",
+                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            detail::system::status there;
+            if (!detail::system::look_at_link(name, there)) { return name; }
+        }
     }
     /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
+    /// It is made within and then moved, which a directory that is a mount of its own (a container's volume) refuses.
     void stage()
     {
         std::error_code failure;
@@ -756,13 +783,22 @@ private:
         for (const bool beside : {true, false}) {
             detail::system::status old, own;
             if (beside && !can_be_exchanged(old)) { continue; }
-            path_ = beside ? sibling_name() : target_ / sibling_name().filename();
+            auto sibling = sibling_name(), named_sibling = sibling;
+            path_ = target_ / sibling.filename();
             made_.push_back(path_); // before there is something to remove
-            if (detail::system::make_directory(path_, false) == 0
-                && (!beside
-                    || (detail::system::look_at(path_, own) && own.owner == old.owner && own.group == old.group
-                        && detail::system::set_permissions(path_, old.mode & 07777) == 0))) {
+            bool fits = detail::system::make_directory(path_, false) == 0;
+            if (fits && beside) {
+                fits = detail::system::rename(path_, sibling) == 0;
+                if (fits) {
+                    made_.back().swap(sibling);
+                    path_.swap(named_sibling);
+                }
+                fits = fits && detail::system::look_at(path_, own) && own.owner == old.owner && own.group == old.group
+                    && detail::system::set_permissions(path_, old.mode & 07777) == 0;
+            }
+            if (fits) {
                 detail::temporaries::add(path_);
+                lock_new();
                 staged_ = true;
                 beside_ = beside;
                 return;
@@ -800,7 +836,18 @@ private:
             }
             (void)detail::system::set_permissions(path_ / name, old.mode & 0777);
         }
-        if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
+        if (beside_ && link_the_rest(obsolete) && take_place()) {
+#if defined(TASKVEC_NO_EXCEPTIONS)
+            bring_what_came(fresh, obsolete);
+#else
+            try {
+                bring_what_came(fresh, obsolete);
+            }
+            catch (const std::bad_alloc&) { // the new files have their names: nothing may fail any more
+            }
+#endif
+        }
+        else {
             go_inside(fresh);
             move_in(fresh, obsolete);
         }
@@ -891,6 +938,26 @@ private:
         if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
         return true;
     }
+    /// Brings what others put into the old directory, which lies at path_ by now, after its names had been looked at.
+    void bring_what_came(
+        const std::vector<std::filesystem::path>& fresh, const std::vector<std::string>& obsolete) const
+    {
+        const auto lock = lock_file().filename();
+        const auto is_one_of = [](const auto& names, const auto& name) {
+            return std::find(names.begin(), names.end(), name) != names.end();
+        };
+        bool came = false;
+        detail::system::for_each_name(path_, [&](auto text) {
+            const std::filesystem::path name(text);
+            if (name == lock || is_one_of(fresh, name) || is_one_of(obsolete, name)) { return; }
+            detail::system::status old, now;
+            const bool linked = detail::system::look_at_link(path_ / name, old)
+                && detail::system::look_at_link(target_ / name, now) && old.device == now.device
+                && old.inode == now.inode;
+            if (!linked) { came = detail::system::rename(path_ / name, target_ / name) == 0 || came; }
+        });
+        if (came && mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
+    }
     void make(std::filesystem::path level)
     {
         if (detail::system::make_directory(level) == 0) {
@@ -915,6 +982,7 @@ private:
     durability mode_;
     std::vector<std::filesystem::path> made_;
     std::optional<directory_lock> lock_;
+    detail::descriptor in_use_; ///< of the new directory
     bool staged_ = false; ///< what lies at path_ is to replace what lies at target_
     bool beside_ = false; ///< by an exchange of the two
 };
