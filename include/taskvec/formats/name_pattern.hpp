@@ -17,9 +17,9 @@ namespace taskvec::inline TASKVEC_ABI {
 /// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
 /// can, without backtracking: no pattern takes exponential time and no name exhausts the stack; back-references are
 /// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
-/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`: counted repeats such as
-/// `x{3}` are written out, and a pattern may have at most 2,000 characters and groups that way; a count has at most
-/// four digits; a look-ahead holds no other.
+/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`, and then this is at most
+/// 40 million: counted repeats such as `x{3}` are written out, and a pattern may have at most 2,000 characters and
+/// groups that way; a count has at most four digits; a look-ahead holds no other.
 ///
 ///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
 ///     bool in = pattern.occurs_in("model.layers.3.weight");
@@ -27,6 +27,8 @@ class name_pattern {
 public:
     /// Bytes of a pattern, bytes of a name, and characters of a pattern with its counted repeats written out.
     static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
+    /// Characters of a pattern with look-aheads, written out, times the square of a name's bytes.
+    static constexpr std::size_t most_looks_ahead = 40'000'000;
 
     /// Throws invalid_argument for text that is not a regular expression, saying why.
     explicit name_pattern(const std::string& text)
@@ -90,7 +92,7 @@ private:
     }
 
     /// Refuses what would take long. What is no pattern passes; the parser refuses it afterwards.
-    static void check_budget(std::string_view text)
+    void check_budget(std::string_view text)
     {
         struct group {
             std::size_t size = 0; ///< with the repeats written out; never more than what is too large
@@ -121,6 +123,7 @@ private:
                 const auto kind = text.substr(at + 1, 2);
                 const bool looks = kind == "?=" || kind == "?!";
                 nested = nested || (looks && open.back().looks_ahead);
+                looks_ahead_ = looks_ahead_ || looks;
                 open.push_back({1, looks || open.back().looks_ahead});
             }
             else if (c == ')' && open.size() > 1) {
@@ -159,6 +162,7 @@ private:
                 message("'", text, "' has more than ", largest_expansion,
                     " characters and groups once its counted repeats are written out: use smaller counts, '*' or '+'"));
         }
+        expansion_ = total;
         if (nested) {
             raise<invalid_argument>(error_code::pattern_invalid,
                 message("'", text, "' has a look-ahead within a look-ahead: write one after the other"));
@@ -176,16 +180,23 @@ private:
         }
         return at;
     }
-    static std::string_view checked(std::string_view name)
+    [[nodiscard]] std::string_view checked(std::string_view name) const
     {
         if (name.size() > longest_name) {
             raise<invalid_argument>(error_code::pattern_invalid,
                 message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
                     " bytes; regular expressions are matched against at most ", longest_name));
         }
+        if (looks_ahead_ && expansion_ * name.size() * name.size() > most_looks_ahead) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text_, "' looks ahead too often in tensor '", name.substr(0, 60), "…' with its name of ",
+                    name.size(), " bytes: leave '(?=' and '(?!' out, or shorten the pattern"));
+        }
         return name;
     }
     std::string text_;
+    std::size_t expansion_ = 0; ///< characters and groups, written out
+    bool looks_ahead_ = false;
     std::regex expression_;
 #if defined(__GLIBCXX__)
     std::regex within_; ///< the pattern with anything before and after it
