@@ -40,11 +40,14 @@ bool sax_parse_strictly(std::string_view text, Events& events)
     return nlohmann::json::sax_parse(text.begin(), text.end(), &events);
 }
 
-/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs.
+/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs:
+/// without the name, and of what it was reading (a number may have millions of digits) the beginning and the end.
 [[nodiscard]] inline std::string syntax_message(const char* what)
 {
     std::string text = what;
     if (const auto end = text.find("] "); text.starts_with('[') && end != text.npos) { text.erase(0, end + 2); }
+    constexpr std::size_t part = 200;
+    if (text.size() > 3 * part) { text.replace(part, text.size() - 2 * part, "…"); }
     return text;
 }
 
