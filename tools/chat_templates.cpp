@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "chat_templates.hpp"
 
+#include "runner.hpp"
+
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/json.hpp>
 
@@ -12,12 +14,10 @@ namespace tool {
 std::optional<std::string> chat_template_beside(const fs::path& model)
 {
     std::error_code ignored;
-    if (const auto own = model / "chat_template.jinja"; fs::is_regular_file(own, ignored)) {
-        return taskvec::read_text_file(own);
-    }
+    if (const auto own = model / "chat_template.jinja"; fs::is_regular_file(own, ignored)) { return read_watched(own); }
     const auto file = model / "tokenizer_config.json";
     if (!fs::is_regular_file(file, ignored)) { return std::nullopt; }
-    const auto config = taskvec::parse_configuration(taskvec::read_text_file(file), file.string());
+    const auto config = taskvec::parse_configuration(read_watched(file), file.string());
     const auto own = config.find("chat_template");
     if (own == config.end()) { return std::nullopt; }
     if (own->is_string()) { return own->get<std::string>(); }

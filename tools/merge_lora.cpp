@@ -3,6 +3,7 @@
 #include "adapters.hpp"
 #include "decompose.hpp"
 #include "methods.hpp"
+#include "runner.hpp"
 #include "token_rows.hpp"
 #include "tokenizers.hpp"
 #include "vocabulary.hpp"
@@ -348,7 +349,7 @@ private:
         for (const auto& file : tool::tokenizer_files_in(inputs.front().path)) {
             const auto name = file.filename().string();
             const auto place = changed.find(name);
-            if (place == changed.end()) { tokenizer_[name] = taskvec::read_text_file(file, std::size_t{4} << 30); }
+            if (place == changed.end()) { tokenizer_[name] = tool::read_watched(file, std::size_t{4} << 30); }
             else if (place->second) {
                 tokenizer_[name] = *place->second;
             }

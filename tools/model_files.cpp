@@ -5,6 +5,7 @@
 #include "chat_templates.hpp"
 
 #include "adapter_sums.hpp"
+#include "runner.hpp"
 #include "tokenizers.hpp"
 #include "vocabulary.hpp"
 #include "words.hpp"
@@ -165,7 +166,7 @@ bool update_layers(json& part, const std::string& key, const model_view& layers,
         const auto file = fs::path(one.path) / "config.json";
         std::error_code ignored;
         if (others.contains(one.path) || !fs::is_regular_file(file, ignored)) { continue; }
-        const auto whole = parsed(taskvec::read_text_file(file), file);
+        const auto whole = parsed(read_watched(file), file);
         others[one.path] = key.empty() ? whole : whole.value(key, json::object());
     }
     for (auto& [name, value] : part.items()) {
@@ -257,7 +258,7 @@ bool update_quantisation(
         const auto file = first->path() / "config.json";
         std::error_code ignored;
         if (!fs::is_regular_file(file, ignored)) { return false; }
-        auto own = parsed(taskvec::read_text_file(file), file);
+        auto own = parsed(read_watched(file), file);
         auto* const theirs = find_quantisation(own, keys);
         if (!theirs) { return false; }
         const bool nested = keys.size() == 2 && config.contains(keys[0]) && config[keys[0]].is_object();
@@ -406,7 +407,7 @@ std::string library_of(const fs::path& source)
     if (source.empty()) { return ""; }
     if (fs::exists(source / "modules.json", ignored)) { return "sentence-transformers"; }
     if (!fs::exists(source / "config.json", ignored)) { return ""; }
-    const auto config = taskvec::read_text_file(source / "config.json");
+    const auto config = read_watched(source / "config.json");
     if (config.find("\"_diffusers_version\"") != config.npos) { return "diffusers"; }
     return config.find("\"model_type\"") != config.npos ? "transformers" : "";
 }
@@ -612,7 +613,7 @@ void add_model_files(model_folder& out, const copy_request& copies, const run_op
                 if (place->second) { out.add_file(name, with_template(name, file, *place->second)); }
                 continue;
             }
-            const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
+            const auto text = read_watched(file, std::size_t{4} << 30);
             refuse_pointer(file, text);
             std::string updated;
             if (auto changed = with_template(name, file, text); changed != text) { updated = std::move(changed); }

@@ -4,6 +4,7 @@
 
 #include "architectures.hpp"
 #include "command.hpp"
+#include "runner.hpp"
 #include "token_rows.hpp"
 #include "words.hpp"
 
@@ -476,7 +477,7 @@ nlohmann::json config_beside(const fs::path& model)
     std::error_code ignored;
     const auto file = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
     if (!fs::is_regular_file(file, ignored)) { return nlohmann::json::object(); }
-    auto config = taskvec::parse_configuration(taskvec::read_text_file(file), file.string());
+    auto config = taskvec::parse_configuration(read_watched(file), file.string());
     return config.is_object() ? config : nlohmann::json::object();
 }
 

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -42,6 +43,7 @@ std::atomic<std::size_t> mapped_count{0};
 struct temporary_name {
     std::atomic<bool> there{false};
     bool given_back = false; ///< is a second name of what stood under the name before it in this list
+    bool is_output = false; ///< has the output's name already: it stays once all outputs have theirs
     char path[PATH_MAX];
 };
 std::array<temporary_name, 4096> temporaries; // of memory that is never asked for
@@ -54,16 +56,18 @@ void write_text(const char* text)
     [[maybe_unused]] const auto written = ::write(STDERR_FILENO, text, std::strlen(text));
 }
 
+void leave_at_once() noexcept;
+
 extern "C" void on_interrupt(int signal)
 {
-    // A second time: leave at once; temporary files stay, as when the process is killed.
-    if (interrupted.exchange(signal) != 0) { ::_exit(1); }
+    if (interrupted.exchange(signal) != 0) { leave_at_once(); }
 }
 
 void remove_temporaries()
 {
     for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
         if (!temporaries[i].there.load()) { continue; }
+        if (temporaries[i].is_output && are_outputs_there()) { continue; }
         const bool back = temporaries[i].given_back;
         if (back && !are_outputs_there()) { ::rename(temporaries[i].path, temporaries[i - 1].path); }
         taskvec::remove_temporary(temporaries[i].path);
@@ -71,14 +75,25 @@ void remove_temporaries()
     }
 }
 
+/// What a second signal does: a terminal that closes sends two, and who presses Ctrl-C twice does not want to wait.
+void leave_at_once() noexcept
+{
+    if (!are_outputs_there()) {
+        write_text("taskvec: error: interrupted; each output is the old one or the new one, whole\n");
+    }
+    remove_temporaries();
+    ::_exit(are_outputs_there() ? 0 : 1);
+}
+
 /// Appends to the list, in which there is room.
-void append_temporary(const fs::path& path, bool given_back) noexcept
+void append_temporary(const fs::path& path, bool given_back, bool is_output = false) noexcept
 {
     const auto count = temporary_count.load();
     auto& entry = temporaries[count];
     const auto& name = path.native();
     std::memcpy(entry.path, name.c_str(), name.size() + 1);
     entry.given_back = given_back;
+    entry.is_output = is_output;
     entry.there = true;
     temporary_count = count + 1;
 }
@@ -159,12 +174,22 @@ const char* keep(const std::string& text)
     return copy;
 }
 
-/// The files that are read, as they were when they were opened.
-std::vector<std::pair<fs::path, taskvec::mapped_file::identity>>& opened_files()
-{
-    static std::vector<std::pair<fs::path, taskvec::mapped_file::identity>> list;
-    return list;
-}
+/// The files that are read, as they were when they were opened first.
+struct opened_files {
+    std::mutex busy;
+    std::map<fs::path, taskvec::mapped_file::identity> all;
+
+    static opened_files& instance()
+    {
+        static opened_files files;
+        return files;
+    }
+    void add(const taskvec::mapped_file& map)
+    {
+        const std::lock_guard lock(busy);
+        all.emplace(map.path(), map.opened());
+    }
+};
 
 } // namespace
 
@@ -175,7 +200,9 @@ void say_plainly(const char* text)
 
 void check_inputs()
 {
-    for (const auto& [path, opened] : opened_files()) { taskvec::mapped_file::check_unchanged(path, opened); }
+    auto& files = opened_files::instance();
+    const std::lock_guard lock(files.busy);
+    for (const auto& [path, opened] : files.all) { taskvec::mapped_file::check_unchanged(path, opened); }
 }
 
 void install_handlers()
@@ -246,13 +273,26 @@ void guard_map(const taskvec::mapped_file& map)
     install_handlers();
     const auto bytes = map.bytes();
     opened_places().push_back(place_of(map.path()));
-    opened_files().emplace_back(map.path(), map.opened());
+    opened_files::instance().add(map);
     const auto index = mapped_count.load();
     if (bytes.empty() || index == mapped_ranges.size()) { return; }
     mapped_ranges[index].end = bytes.data() + bytes.size();
     mapped_ranges[index].path = keep(printable(map.path().string()));
     mapped_ranges[index].begin = bytes.data();
     mapped_count = index + 1;
+}
+
+taskvec::mapped_file open_watched(const fs::path& path)
+{
+    taskvec::mapped_file map(path);
+    opened_files::instance().add(map);
+    return map;
+}
+
+std::string read_watched(const fs::path& path, std::size_t limit)
+{
+    (void)open_watched(path);
+    return taskvec::read_text_file(path, limit);
 }
 
 bool holds_f64(const taskvec::checkpoint& model)
@@ -304,6 +344,13 @@ taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how)
 void guard_temporary(const fs::path& path)
 {
     on_temporary(path, true);
+}
+
+void guard_new_output(const fs::path& path) noexcept
+{
+    const std::lock_guard lock(temporaries_busy);
+    if (temporary_count.load() == temporaries.size() || path.native().size() >= PATH_MAX) { return; }
+    append_temporary(path, false, true);
 }
 
 void guard_replaced(const fs::path& path, const fs::path& kept) noexcept

@@ -40,12 +40,18 @@ void check_no_hub_cache(const fs::path& path);
 [[nodiscard]] bool holds_f64(const taskvec::checkpoint& model);
 /// Makes another map known to that handler.
 void guard_map(const taskvec::mapped_file& map);
+/// A file that is read beside models (a configuration, a tokenizer): check_inputs() throws where it changes after it
+/// was opened first, however often it is read.
+[[nodiscard]] taskvec::mapped_file open_watched(const fs::path& path);
+[[nodiscard]] std::string read_watched(const fs::path& path, std::size_t limit = 100'000'000);
 /// Removes this file, or this directory if it is empty by then, should the process have to end without destructors. The
 /// library's own temporary files are known already.
 void guard_temporary(const fs::path& path);
+/// The same of an output that has its name, until all outputs have theirs: then it stays.
+void guard_new_output(const fs::path& path) noexcept;
 /// Gives a file back what it replaced, which has the second name `kept`, should the process have to end like that.
 void guard_replaced(const fs::path& path, const fs::path& kept) noexcept;
-/// Ends what guard_temporary() and guard_replaced() began, for one of the names.
+/// Ends what guard_temporary(), guard_new_output() and guard_replaced() began, for one of the names.
 void release_temporary(const fs::path& path) noexcept;
 /// The files that were opened by these, where they lie.
 [[nodiscard]] std::vector<fs::path>& opened_places();

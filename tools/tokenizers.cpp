@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tokenizers.hpp"
 
+#include "runner.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/error.hpp>
@@ -191,7 +192,7 @@ private:
 
 void hear(const fs::path& file, token_events& events)
 {
-    const taskvec::mapped_file map(file);
+    const auto map = open_watched(file);
     const auto bytes = map.bytes();
     const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
     taskvec::refuse_other_kinds(text, file.string());
@@ -242,7 +243,7 @@ void each_merge(const fs::path& tokenizer, const std::function<void(const std::s
 
 bool glance_finds_rows(const fs::path& tokenizer, std::uint64_t rows)
 {
-    const taskvec::mapped_file map(tokenizer);
+    const auto map = open_watched(tokenizer);
     const auto bytes = map.bytes();
     const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
     std::uint64_t pieces = 0;
@@ -277,7 +278,7 @@ bool glance_finds_rows(const fs::path& tokenizer, std::uint64_t rows)
 
 bool equal_files(const fs::path& a, const fs::path& b)
 {
-    const taskvec::mapped_file first(a), second(b);
+    const auto first = open_watched(a), second = open_watched(b);
     const auto x = first.bytes(), y = second.bytes();
     return x.size() == y.size() && (x.empty() || std::memcmp(x.data(), y.data(), x.size()) == 0);
 }

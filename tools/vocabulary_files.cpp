@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vocabulary.hpp"
 
+#include "runner.hpp"
 #include "token_rows.hpp"
 #include "tokenizers.hpp"
 #include "words.hpp"
@@ -53,7 +54,7 @@ std::optional<Json> read_object(const fs::path& file)
 {
     std::error_code ignored;
     if (!fs::is_regular_file(file, ignored)) { return std::nullopt; }
-    const taskvec::mapped_file map(file);
+    const auto map = open_watched(file);
     const auto bytes = map.bytes();
     const auto* const text = reinterpret_cast<const char*>(bytes.data());
     auto content = Json::parse(text, text + bytes.size(), nullptr, false);
