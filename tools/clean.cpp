@@ -20,7 +20,7 @@ void clean(const clean_settings& given)
 {
     const tool::fs::path directory = given.directory;
     std::error_code failure;
-    const auto found = tool::left_overs(directory, failure);
+    const auto found = tool::left_overs(directory, failure, true);
     if (failure) {
         taskvec::raise<taskvec::io_error>(taskvec::system_error_code(failure.value()),
             taskvec::message("cannot be read as a directory: ", failure.message()), given.directory, failure.value());

@@ -21,6 +21,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <sstream>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -396,7 +397,15 @@ int run_command_line(int count, const char* const* words)
         return 0;
     }
     catch (const CLI::Success& done) { // --help, --version
-        return app.exit(done);
+        std::ostringstream text;
+        (void)app.exit(done, text, text);
+        try {
+            print(text.str());
+            return 0;
+        }
+        catch (const taskvec::error& failure) {
+            return fail(failure.what(), failure.code());
+        }
     }
     catch (const CLI::ParseError& wrong) {
         if (!app.get_subcommands().empty()) { return misused(plain(wrong.what())); }
@@ -407,7 +416,7 @@ int run_command_line(int count, const char* const* words)
         return misused(wrong.what());
     }
     catch (const taskvec::cancelled&) {
-        return fail("interrupted; no output was written");
+        return fail("interrupted; " + (interrupt_leaves().empty() ? "no output was written" : interrupt_leaves()));
     }
     catch (const std::bad_alloc&) { // what says so takes no memory itself
         if (are_outputs_there()) { return 0; }

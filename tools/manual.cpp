@@ -9,6 +9,7 @@
 #include <memory>
 #include <sstream>
 #include <string_view>
+#include <vector>
 
 namespace {
 
@@ -158,12 +159,24 @@ void manual(const manual_settings& given)
         taskvec::raise<taskvec::io_error>(taskvec::system_error_code(failure.value()),
             taskvec::message("cannot be created as a directory: ", failure.message()), given.out, failure.value());
     }
+    struct {
+        std::vector<std::unique_ptr<tool::text_output>> all;
+        void commit()
+        {
+            for (const auto& file : all) { file->commit(); }
+        }
+        void revert() noexcept
+        {
+            for (const auto& file : all) { file->revert(); }
+        }
+    } files;
     for (const auto& page : pages) {
-        tool::text_output file((tool::fs::path(given.out) / (page_name(page) + ".1")).string());
-        file.finish_text(manual_of(page, pages));
-        file.commit();
+        const auto place = tool::fs::path(given.out) / (page_name(page) + ".1");
+        files.all.push_back(std::make_unique<tool::text_output>(place.string()));
+        files.all.back()->finish_text(manual_of(page, pages));
     }
-    tool::print("wrote " + tool::counted(pages.size(), "page") + " to '" + tool::printable(given.out) + "'\n");
+    tool::conclude(
+        "wrote " + tool::counted(pages.size(), "page") + " to '" + tool::printable(given.out) + "'\n", files);
 }
 
 const tool::register_verb manual_verb(

@@ -182,6 +182,18 @@ struct resumable_merge {
     }
 };
 
+/// Whether each of these files has another name in a directory.
+bool holds_files(const fs::path& directory, const std::vector<fs::path>& files)
+{
+    return std::all_of(files.begin(), files.end(), [&](const fs::path& file) {
+        std::error_code failure;
+        for (const auto& entry : fs::directory_iterator(directory, failure)) {
+            if (entry.is_regular_file(failure) && fs::equivalent(entry.path(), file, failure)) { return true; }
+        }
+        return false;
+    });
+}
+
 } // namespace
 
 void run_merge(const merge_request& request)
@@ -227,6 +239,12 @@ void run_merge(const merge_request& request)
                               "--dtype keep out");
         }
         kept.emplace(request, inputs, plan);
+        if (kept->shards.found() == kept->shards.count() && holds_files(request.out, kept->shards.finish())) {
+            // Killed when the model had its name already: all that is left to do is to clear up.
+            print("'" + printable(request.out) + "' was finished by an earlier run\n");
+            kept->work.remove();
+            return;
+        }
         kept->merged = run_method(method, call, kept->shards);
     }
     report_file report(request.run.report);

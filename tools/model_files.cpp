@@ -377,18 +377,6 @@ std::string yaml_text(const std::string& text)
     return plain ? text : json(printable(text)).dump();
 }
 
-std::string shell_word(const std::string& word)
-{
-    const bool plain = !word.empty() && std::all_of(word.begin(), word.end(), [](char c) {
-        return std::isalnum(static_cast<unsigned char>(c))
-            || std::string_view("-_./=:,+@%^").find(c) != std::string_view::npos;
-    });
-    if (plain) { return word; }
-    std::string text = "'";
-    for (const char c : printable(word)) { text += c == '\'' ? std::string("'\\''") : std::string(1, c); }
-    return text + "'";
-}
-
 std::string table_cell(std::string text)
 {
     text = printable(text);
@@ -439,7 +427,7 @@ std::string card_of(const recipe& how, const fs::path& out, const fs::path& sour
     const auto whole = out.has_filename() ? out : out.parent_path();
     text += "---\n" + std::string(card_mark) + "\n\n# " + table_cell(whole.filename().string()) + "\n\n" + how.done
         + " with taskvec " + tool_version() + ":\n\n```\ntaskvec";
-    for (const auto& word : command_words()) { text += " " + shell_word(word); }
+    for (const auto& word : command_words()) { text += " " + shell_word(printable(word)); }
     text += "\n```\n\n| model | role | weight | fingerprint |\n|---|---|---|---|\n";
     std::uint64_t bytes = 0;
     for (const auto& model : how.models) { bytes += model.opened->data_bytes(); }

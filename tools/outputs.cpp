@@ -11,13 +11,17 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <future>
 #include <limits>
+#include <set>
 #include <utility>
 
 #include <fcntl.h>
+#include <poll.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 namespace tool {
@@ -158,12 +162,22 @@ void claim_report(const run_options& options)
     for (const auto& output : outputs) { note_left_overs(options, output.first); }
 }
 
-std::vector<fs::path> left_overs(const fs::path& directory, std::error_code& failure)
+namespace {
+/// Whether a temporary name has the number of this process.
+bool is_own_temporary(std::string_view name)
+{
+    return name.starts_with(taskvec::message(".taskvec-", ::getpid(), '-')) && name.ends_with(".tmp");
+}
+} // namespace
+
+std::vector<fs::path> left_overs(const fs::path& directory, std::error_code& failure, bool nothing_made)
 {
     std::vector<fs::path> found;
     failure.clear();
     for (fs::directory_iterator it(directory, failure), end; !failure && it != end; it.increment(failure)) {
-        if (taskvec::is_left_over(it->path().filename().string())) { found.push_back(it->path()); }
+        const auto name = it->path().filename().string();
+        const bool dead = taskvec::is_left_over(name) || (nothing_made && is_own_temporary(name));
+        if (dead && !taskvec::is_in_use(it->path())) { found.push_back(it->path()); }
     }
     std::sort(found.begin(), found.end());
     return found;
@@ -179,7 +193,7 @@ void note_left_overs(const run_options& options, const fs::path& output)
         if (found.empty()) { continue; }
         note(options,
             taskvec::message("'", folder.string(), "' holds ", counted(found.size(), "temporary file"),
-                " of killed runs: 'taskvec clean ", folder.string(), "' removes what they left"));
+                " of killed runs: 'taskvec clean ", shell_word(folder.string()), "' removes what they left"));
     }
 }
 
@@ -206,7 +220,7 @@ void revocable_file::commit()
     }
     else {
         new_ = errno == ENOENT;
-        if (new_) { guard_temporary(file_.target()); }
+        if (new_) { guard_new_output(file_.target()); }
     }
     file_.commit();
 }
@@ -218,6 +232,39 @@ void revocable_file::revert() noexcept
     else if (!replaced_.empty() && ::rename(replaced_.c_str(), file_.target().c_str()) == 0) {
         replaced_.clear();
     }
+}
+
+names_held::names_held(int) { }
+
+names_held::names_held()
+    : names_held(0) // what throws from here on is cleared up by the destructor
+{
+    std::set<fs::path> folders; // in one order, so that no two wait for each other
+    std::error_code ignored;
+    for (const auto& [place, option] : claimed()) {
+        auto folder = place.parent_path();
+        while (!fs::exists(folder, ignored) && folder.has_relative_path()) { folder = folder.parent_path(); }
+        folders.insert(std::move(folder));
+    }
+    directories_.reserve(folders.size());
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    for (const auto& folder : folders) {
+        const int directory = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (directory < 0) { continue; }
+        directories_.push_back(directory);
+        while (::flock(directory, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+            if (was_interrupted()) { taskvec::raise<taskvec::cancelled>(taskvec::error_code::cancelled); }
+            if (std::chrono::steady_clock::now() > end) {
+                refuse(folder, "another process has been giving files their names there for ten seconds", EWOULDBLOCK);
+            }
+            ::poll(nullptr, 0, 10);
+        }
+    }
+}
+
+names_held::~names_held()
+{
+    for (const int directory : directories_) { ::close(directory); }
 }
 
 std::string_view stem_of(const taskvec::checkpoint& model)

@@ -40,8 +40,10 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
 void note_ending(const run_options& options, const fs::path& path);
 /// claim_output() for --report, where it was given; then notes what dead runs left beside what was claimed.
 void claim_report(const run_options& options);
-/// What killed runs left in a directory: temporary files and directories whose process this machine no longer has.
-[[nodiscard]] std::vector<fs::path> left_overs(const fs::path& directory, std::error_code& failure);
+/// What killed runs left in a directory: temporary files and directories whose process this machine no longer has, and
+/// that nobody has locked. `nothing_made`: by this process, so that what has its number is another's, of a container.
+[[nodiscard]] std::vector<fs::path> left_overs(
+    const fs::path& directory, std::error_code& failure, bool nothing_made = false);
 /// Notes what dead runs left beside an output, or in it, and how it goes.
 void note_left_overs(const run_options& options, const fs::path& output);
 

@@ -3,6 +3,7 @@
 #include "resume.hpp"
 
 #include "command.hpp"
+#include "runner.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/config.hpp>
@@ -79,6 +80,7 @@ resumed_work::resumed_work(const resume_request& request, const std::vector<fs::
         if (!value.empty() && fs::exists(value, none)) { now += printable(identity_of(value)) + "\n"; }
     }
     for (const auto& input : inputs) { now += printable(identity_of(input)) + "\n"; }
+    check_inputs(); // what was noted is what was opened
     std::error_code failure;
     fs::create_directories(path_, failure);
     if (failure) {
@@ -107,6 +109,8 @@ resumed_work::resumed_work(const resume_request& request, const std::vector<fs::
         }
         taskvec::write_text_file(state, now);
     }
+    interrupt_leaves() =
+        "what is finished stays in " + in_quotes(path_) + ", and the same command line goes on from there";
     for (const auto& entry : fs::directory_iterator(path_, failure)) { // of runs that were killed
         const auto name = entry.path().filename().string();
         if (name.starts_with(".taskvec-") && name.ends_with(".tmp")) { fs::remove(entry.path(), failure); }

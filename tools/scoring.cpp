@@ -29,14 +29,6 @@ namespace tool {
 
 namespace {
 
-/// Text as one word of the shell.
-std::string shell_quoted(const std::string& text)
-{
-    std::string quoted = "'";
-    for (const char c : text) { quoted += c == '\'' ? std::string("'\\''") : std::string(1, c); }
-    return quoted + "'";
-}
-
 bool is_digit(char c)
 {
     return c >= '0' && c <= '9';
@@ -172,8 +164,8 @@ std::string with_path(const std::string& command, const std::string& path)
         const char c = command[at], inside = open.empty() ? ' ' : open.back();
         if (command.compare(at, 2, "{}") == 0) {
             std::string word = inside == '"' ? double_quoted(path)
-                : inside == '\''             ? "'" + shell_quoted(path) + "'"
-                                             : shell_quoted(path);
+                : inside == '\''             ? "'" + shell_word(path) + "'"
+                                             : shell_word(path);
             for (const char around : open) {
                 if (around == '`') { word = escaped(word, "\\$`"); } // which takes off one level of backslashes
             }

@@ -122,6 +122,15 @@ std::string printable(std::string_view text)
     return result;
 }
 
+std::string shell_word(const std::string& text)
+{
+    constexpr std::string_view plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789./_-=:,+@%^";
+    if (!text.empty() && text.find_first_not_of(plain) == text.npos) { return text; }
+    std::string quoted = "'";
+    for (const char c : text) { quoted += c == '\'' ? std::string("'\\''") : std::string(1, c); }
+    return quoted + "'";
+}
+
 std::size_t text_width(std::string_view text)
 {
     return static_cast<std::size_t>(std::count_if(
@@ -140,6 +149,12 @@ void outputs_are_there() noexcept
 bool are_outputs_there() noexcept
 {
     return all_there.load();
+}
+
+std::string& interrupt_leaves()
+{
+    static std::string text;
+    return text;
 }
 
 void check_before_commit()

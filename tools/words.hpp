@@ -32,6 +32,8 @@ void note(const run_options& options, const std::string& text);
 [[nodiscard]] std::string lower_case(std::string text);
 /// A path as messages name it.
 [[nodiscard]] std::string in_quotes(const std::filesystem::path& path);
+/// Text as one word of the shell: as it is, or between quotes.
+[[nodiscard]] std::string shell_word(const std::string& text);
 /// Text for terminals and one-line messages: control characters and what is not UTF-8 are written as \\x and two
 /// digits.
 [[nodiscard]] std::string printable(std::string_view text);
@@ -41,6 +43,23 @@ void note(const run_options& options, const std::string& text);
 void print(const std::string& text);
 /// Before outputs take their names: throws where an input has changed since it was opened.
 void check_before_commit();
+/// What an interrupt leaves on purpose, such as "'scores.csv' holds 3 points": said instead of "no output was written".
+[[nodiscard]] std::string& interrupt_leaves();
+/// While it lives nobody else gives files their names in the directories of the outputs that were claimed: what belongs
+/// together is of one run. A lock (flock) on each directory that ends with the process; file systems without such locks
+/// are written to without. Waits ten seconds for others, then throws io_error.
+class names_held {
+public:
+    names_held();
+    names_held(const names_held&) = delete;
+    names_held& operator=(const names_held&) = delete;
+    ~names_held();
+
+private:
+    explicit names_held(int);
+
+    std::vector<int> directories_;
+};
 /// Says that all outputs have their names: memory that runs out from here on is no failure.
 void outputs_are_there() noexcept;
 [[nodiscard]] bool are_outputs_there() noexcept;
@@ -51,6 +70,7 @@ template <class... Outputs>
 void conclude(const std::string& text, Outputs&... outputs)
 {
     check_before_commit();
+    const names_held alone;
     std::size_t done = 0;
     bool said = false;
     const auto say = [&] {
