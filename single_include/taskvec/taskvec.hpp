@@ -5599,6 +5599,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// How an update belongs to its weight.
 struct update_place {
     bool transposed = false; ///< the weight is in×out: a Conv1D layer, or an embedding (entries×dimensions)
+    bool row_blocks = false; ///< the slices are equal blocks of the rows of one matrix (a fused projection), out×in
     /// DoRA's magnitudes, one for each output: the weight becomes m·(θ0 + ΔW)/‖θ0 + ΔW‖, norms over each output's
     /// inputs. Empty: none.
     std::vector<double> magnitude{};
@@ -6005,8 +6006,8 @@ private:
 
 } // namespace detail
 
-/// A tensor that is several matrices, one behind the other (experts), each with changes of its own: the entries of
-/// adapted_weight, matrix by matrix.
+/// A tensor that is several matrices, one behind the other (experts, fused projections), each with changes of its own:
+/// the entries of adapted_weight, matrix by matrix.
 template <arithmetic_element A>
 class adapted_stack final : public operand_source {
 public:
@@ -6074,6 +6075,7 @@ private:
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -6093,7 +6095,8 @@ class adapted_model {
 public:
     /// Adds weight·ΔW to a tensor of the base: out×in, or in×out where `place` says so; of a convolution
     /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Of a tensor of several
-    /// matrices (experts×out×in, or experts×in×out) `place` says which one changes. Throws invalid_argument
+    /// matrices (experts×out×in, experts×in×out, or blocks of rows of one, each out×in) `place` says which one changes.
+    /// Throws invalid_argument
     /// for a tensor that the base lacks, dtype_mismatch for one that does not hold floating numbers, shape_mismatch,
     /// nonfinite_error for factors or weights that are not finite.
     template <arithmetic_element T>
@@ -6108,15 +6111,19 @@ public:
         check_update(update, tensor);
         check_weight(weight, label);
         const const_tensor_ref& to = find(base, tensor, label);
-        if (place.slices > 0
-            && (to.shape.size() != 3 || static_cast<std::size_t>(to.shape[0]) != place.slices
-                || place.slice >= place.slices)) {
+        const bool divides = place.slices == 0
+            || (place.row_blocks ? to.shape.size() == 2 && !place.transposed
+                        && static_cast<std::size_t>(to.shape[0]) % place.slices == 0
+                                 : to.shape.size() == 3 && static_cast<std::size_t>(to.shape[0]) == place.slices);
+        if (!divides || place.slice >= std::max<std::size_t>(place.slices, 1)) {
             raise<shape_mismatch>(error_code::adapter_shape,
                 message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and ", label, " changes ",
                     place.slices, " matrices of it: this adapter belongs to another base"));
         }
-        const auto [rows, columns] =
-            place.slices > 0 ? sides({to.shape[1], to.shape[2]}, to.size(tensor) / place.slices) : sides(to);
+        const std::size_t entries = to.size(tensor) / std::max<std::size_t>(place.slices, 1);
+        const auto [rows, columns] = place.slices == 0 ? sides(to)
+            : place.row_blocks ? sides({to.shape[0] / static_cast<std::int64_t>(place.slices), to.shape[1]}, entries)
+                               : sides({to.shape[1], to.shape[2]}, entries);
         const std::size_t out = place.transposed ? columns : rows, in = place.transposed ? rows : columns;
         if (out != update.out() || in != update.in()) {
             const bool turned = rows == update.in() && columns == update.out();

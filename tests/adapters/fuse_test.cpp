@@ -240,6 +240,41 @@ TEST_CASE("a base with an adapter is a task of any merge, with the bits of the f
     merged_by(ties_options{.density = 0.3});
 }
 
+TEST_CASE("a block of rows of a fused projection takes its own updates, and the others stay")
+{
+    const auto first = normal_update<float>(6, 35, 3, 1, 0.5), second = normal_update<float>(6, 35, 2, 9, -2);
+    const auto base = normal_matrix<float>(18, 35, 4, matrix_order::row_major);
+    const auto rows = [&](std::size_t block) {
+        matrix<float> part(6, 35, matrix_order::row_major);
+        for (std::size_t i = 0; i < 6; ++i) {
+            for (std::size_t j = 0; j < 35; ++j) { part(i, j) = base(6 * block + i, j); }
+        }
+        return part;
+    };
+    const_model_ref model;
+    model.insert("qkv", tensor(base, {18, 35}));
+    adapted_model changes;
+    changes.add(model, "qkv", first, 1, {.row_blocks = true, .slice = 0, .slices = 3});
+    changes.add(model, "qkv", second, 0.3, {.row_blocks = true, .slice = 0, .slices = 3});
+    changes.add(model, "qkv", second, 1, {.row_blocks = true, .slice = 2, .slices = 3});
+    auto expected = sum_of<float>(rows(0), {{&first, 1.0}, {&second, 0.3}});
+    for (const auto& part : {sum_of<float>(rows(1), {}), sum_of<float>(rows(2), {{&second, 1.0}})}) {
+        expected.insert(expected.end(), part.begin(), part.end());
+    }
+    for (const std::size_t chunk : {64u, 65536u}) {
+        matrix<float> out(18, 35, matrix_order::row_major);
+        model_ref result;
+        result.insert("qkv", tensor(out, {18, 35}));
+        fuse(cpu{.threads = 2}, model, changes, result, {.chunk = chunk});
+        CHECK(same_words(out, expected));
+    }
+    CHECK_THROWS_WITH_AS(changes.add(model, "qkv", first, 1, {.row_blocks = true, .slice = 0, .slices = 4}),
+        doctest::Contains("4 matrices of it"), shape_mismatch);
+    CHECK_THROWS_AS(changes.add(model, "qkv", first, 1, {.row_blocks = true, .slice = 3, .slices = 3}), shape_mismatch);
+    CHECK_THROWS_AS(changes.add(model, "qkv", first, 1, {.slice = 0, .slices = 3}), shape_mismatch);
+    CHECK_THROWS_WITH_AS(changes.add(model, "qkv", first), doctest::Contains("its update"), shape_mismatch);
+}
+
 TEST_CASE("updates that do not fit are refused by the name of their tensor")
 {
     const auto update = normal_update<float>(8, 5, 2, 1);

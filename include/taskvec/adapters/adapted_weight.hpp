@@ -25,6 +25,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// How an update belongs to its weight.
 struct update_place {
     bool transposed = false; ///< the weight is in×out: a Conv1D layer, or an embedding (entries×dimensions)
+    bool row_blocks = false; ///< the slices are equal blocks of the rows of one matrix (a fused projection), out×in
     /// DoRA's magnitudes, one for each output: the weight becomes m·(θ0 + ΔW)/‖θ0 + ΔW‖, norms over each output's
     /// inputs. Empty: none.
     std::vector<double> magnitude{};
@@ -431,8 +432,8 @@ private:
 
 } // namespace detail
 
-/// A tensor that is several matrices, one behind the other (experts), each with changes of its own: the entries of
-/// adapted_weight, matrix by matrix.
+/// A tensor that is several matrices, one behind the other (experts, fused projections), each with changes of its own:
+/// the entries of adapted_weight, matrix by matrix.
 template <arithmetic_element A>
 class adapted_stack final : public operand_source {
 public:
