@@ -391,6 +391,12 @@ TEST_CASE("fuse reads AdaLoRA, which scales by the rank that it began with, and 
     write_adapter_as(folder / "pissa", factors("layers.0", 9, 20, 10), {{"init_lora_weights", "pissa"}});
     refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "pissa", "--out", "out.safetensors"}, 1,
         "path_initial_model_for_weight_conversion");
+    // LoftQ's rounding is none of the products that PEFT converts.
+    write_adapter_as(folder / "loftq", factors("layers.0", 9, 20, 10), {{"init_lora_weights", "loftq"}});
+    const std::vector<std::string> loftq{
+        "fuse", "--base", "base.safetensors", "--adapter", "loftq", "--out", "out.safetensors"};
+    refused(folder, loftq, 1, "quantises the base weights");
+    CHECK(run(folder, loftq).err.find("path_initial_model_for_weight_conversion") == std::string::npos);
 }
 
 TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")

@@ -286,6 +286,12 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     const auto& name = init->get_ref<const std::string&>();
     // MiCA and VeLoRA change how an adapter is trained, and not the base.
     constexpr std::array<std::string_view, 5> harmless{"gaussian", "eva", "orthogonal", "mica", "velora"};
+    if (name == "loftq") { // PEFT converts the others alone: what is rounded away is no product of factors
+        refuse(message("init_lora_weights is '", name, "'"),
+            "such an initialisation quantises the base weights, and the adapter is an update of these, which it does "
+            "not hold");
+        return;
+    }
     if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
         refuse(message("init_lora_weights is '", name, "'"),
             "such an initialisation changes the base weights, by a residual that the adapter does not hold, so that it "
