@@ -19601,8 +19601,9 @@ template <arithmetic_element T>
 
 /// Makes the experts of an adapter that are parts of one parameter, as transformers 5 has them in memory, modules of
 /// their own where the base stores a weight for each, as files of most models do: rows of gate_up_proj are those of
-/// gate_proj and up_proj one behind the other (w1 and w3 of Mixtral, whose w2 is down_proj). Throws shape_mismatch for
-/// an odd number of rows, or another number of experts than the base has.
+/// gate_proj and up_proj one behind the other (w1 and w3 of Mixtral, whose w2 is down_proj). Their router goes along
+/// (mlp.gate is block_sparse_moe.gate in Mixtral's files). Throws shape_mismatch for an odd number of rows, or another
+/// number of experts than the base has.
 template <arithmetic_element T>
 void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
 {
@@ -19612,19 +19613,24 @@ void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
     const bool mixtral = any(".experts.0.w1.weight");
     if (!mixtral && !any(".experts.0.down_proj.weight")) { return; }
     const bool sparse = mixtral && any(".block_sparse_moe.experts.0.w1.weight");
+    const auto as_stored = [&](std::string name, std::string_view part) {
+        if (const auto at = name.rfind(part); sparse && at != name.npos) {
+            name.replace(at + 1, 3, "block_sparse_moe");
+        }
+        return name;
+    };
+    const bool own_router = any(".mlp.gate.weight");
     std::map<std::string, adapted_module<T>> split;
     for (auto& [module, made] : adapter.modules) {
         const auto& parameter = made.slice.parameter;
         const bool both = parameter.ends_with(".experts.gate_up_proj"),
                    down = parameter.ends_with(".experts.down_proj");
         if (!both && !down) {
-            split.emplace(module, std::move(made));
+            const bool router = parameter.empty() && module.ends_with(".mlp.gate") && !own_router;
+            split.emplace(router ? as_stored(module, ".mlp.gate") : module, std::move(made));
             continue;
         }
-        std::string owner = parameter.substr(0, parameter.rfind('.'));
-        if (const auto at = owner.rfind(".mlp.experts"); sparse && at != owner.npos) {
-            owner.replace(at + 1, 3, "block_sparse_moe");
-        }
+        const auto owner = as_stored(parameter.substr(0, parameter.rfind('.')), ".mlp.experts");
         const auto called = [&](std::size_t index, std::string_view word) {
             return owner + "." + std::to_string(index) + "." + std::string(word);
         };

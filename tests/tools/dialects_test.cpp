@@ -546,6 +546,18 @@ TEST_CASE("experts that PEFT adapts as one parameter are folded, however the bas
             write_values(folder / "base.safetensors", base);
             no_base("is of 3 experts, and the base has more");
         }
+        // The router beside them, which Mixtral's files have elsewhere.
+        for (const std::string owner_of_router : {"layers.0.mlp.", "layers.0.block_sparse_moe."}) {
+            const auto router = owner_of_router + "gate.weight";
+            values_model base{{router, random_tensor({n(experts), n(hidden)}, 8)},
+                {owner_of_router + "experts.0.w1.weight", slice(both, 0, 0, inner)}};
+            write_values(folder / "base.safetensors", base);
+            const auto pair = factors("model.layers.0.mlp.gate", n(experts), n(hidden), 9);
+            write_adapter_as(folder / "router", pair, {{"target_parameters", {"mlp.gate.weight"}}});
+            base[router] = added(base.at(router), pair.at("model.layers.0.mlp.gate.lora_A.weight"),
+                pair.at("model.layers.0.mlp.gate.lora_B.weight"), 0.5);
+            CHECK(same(fused_model(folder, "router"), base));
+        }
         // Other dialects have no such parameters; a base that has a weight for each expert gives them names.
         refused(folder, {"convert", "a", "--as", "mlx", "--out", "no"}, 1, "experts that are the parameter");
         must_run(folder, {"inspect", "a"});
