@@ -34,6 +34,20 @@ taskvec::adapter_dialect dialect_of(const std::string& word)
                               : taskvec::adapter_dialect::peft;
 }
 
+/// A module of Stable Diffusion in the result. The base says where its dots are, and which model it is of: its name
+/// stays one of its own kind, but diffusers' in diffusers' files, and in PEFT's and MLX's what diffusers' models have.
+std::string name_of(const taskvec::diffusion_module& module, const std::string& as)
+{
+    constexpr std::string_view suffix = ".weight";
+    const bool whole = module.tensor.ends_with(suffix); // and no block of rows, or a parameter that is no module
+    const auto diffusers = module.component + "." + (module.diffusers.empty() ? module.called : module.diffusers);
+    if (as == "diffusers") { return diffusers; }
+    if (as == "kohya") { return module.component + "." + module.called; }
+    return !whole || (module.translated && module.single_file)
+        ? diffusers
+        : module.tensor.substr(0, module.tensor.size() - suffix.size());
+}
+
 /// Modules under the names that the base has for them.
 template <class T>
 void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings& given)
@@ -47,6 +61,7 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
                 given.base, "': give the base that it was trained on"));
     }
     std::map<std::string, taskvec::adapted_module<T>> renamed;
+    std::size_t translated = 0;
     for (auto& [module, made] : adapter.modules) {
         if (!made.slice.parameter.empty()) {
             renamed.emplace(module, std::move(made));
@@ -55,7 +70,13 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
         const auto& tensor = match.tensors.at(module);
         taskvec::take_shape(made, *base.model().find(tensor), adapter.dialect);
         auto name = tensor.substr(0, tensor.size() - 7);
-        if (given.as == "diffusers") { name = taskvec::with_component_of(module, name); }
+        if (const auto known = match.diffusion.find(module); known != match.diffusion.end()) {
+            name = name_of(known->second, given.as);
+            translated += name.ends_with(known->second.called) ? 0 : 1;
+        }
+        else if (given.as == "diffusers") {
+            name = taskvec::with_component_of(module, name);
+        }
         if (!renamed.emplace(name, std::move(made)).second) {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
                 taskvec::message("module '", module, "' of ", adapter.label, " and another of it may both mean '",
@@ -63,6 +84,11 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
         }
     }
     adapter.modules = std::move(renamed);
+    if (translated > 0) {
+        tool::note(given.run,
+            tool::counted(translated, "name") + " of single files (LDM) in " + adapter.label
+                + " translated to diffusers'");
+    }
 }
 
 /// The model that a GGUF adapter is for: the base's configuration, or that of the model which the adapter names.

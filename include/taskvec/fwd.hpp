@@ -411,6 +411,8 @@ template <arithmetic_element T>
 struct adapted_module;
 template <arithmetic_element T>
 struct adapter_contents;
+struct diffusion_module;
+class diffusion_names;
 struct module_match;
 struct adapter_write_options;
 struct adapter_loss;

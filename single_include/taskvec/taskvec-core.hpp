@@ -1640,6 +1640,8 @@ template <arithmetic_element T>
 struct adapted_module;
 template <arithmetic_element T>
 struct adapter_contents;
+struct diffusion_module;
+class diffusion_names;
 struct module_match;
 struct adapter_write_options;
 struct adapter_loss;
@@ -2253,6 +2255,19 @@ private:
     std::size_t rows_ = 0, cols_ = 0;
     matrix_order order_ = matrix_order::column_major;
 };
+
+/// The transposed matrix in memory of its own, row-major.
+///
+///     const matrix<float> in_by_out = transposed_copy(out_by_in);
+template <storage_element T>
+[[nodiscard]] matrix<T> transposed_copy(const matrix<T>& x)
+{
+    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+    }
+    return y;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_MATRIX_HPP
@@ -3349,6 +3364,40 @@ template <storage_element T, arithmetic_element A>
 inline constexpr bool has_row_packs =
     std::same_as<T, A> || (std::same_as<A, float> && sizeof(T) == 2 && has_pack_conversion<T>);
 
+#if TASKVEC_VECTORS()
+#if defined(__x86_64__) && !defined(__clang__) // g++ 12 would convert halves, and put them together
+#define TASKVEC_WIDENS_AT_ONCE 1
+#else
+#define TASKVEC_WIDENS_AT_ONCE 0
+#endif
+/// 16-bit codes in words of 32 bits, from memory.
+template <int bytes>
+TASKVEC_INLINE void widen_lanes(const std::uint16_t* from, pack_words<float, bytes>& wide) noexcept
+{
+    const auto& codes =
+        *reinterpret_cast<const typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere*>(from);
+    if constexpr (TASKVEC_WIDENS_AT_ONCE && bytes > 16) { asm("vpmovzxwd %1, %0" : "=v"(wide.lanes) : "m"(codes)); }
+    else { // the baseline has none
+        wide.lanes = __builtin_convertvector(codes, decltype(wide.lanes));
+    }
+}
+/// Floats as doubles, from memory.
+template <int bytes>
+TASKVEC_INLINE void widen_lanes(const float* from, pack<double, bytes>& wide) noexcept
+{
+    const auto& numbers =
+        *reinterpret_cast<const typename taskvec::detail::vector_of<float, bytes / 2>::anywhere*>(from);
+    if constexpr (TASKVEC_WIDENS_AT_ONCE && bytes > 16) { asm("vcvtps2pd %1, %0" : "=v"(wide.lanes) : "m"(numbers)); }
+    else if constexpr (TASKVEC_WIDENS_AT_ONCE) {
+        asm("cvtps2pd %1, %0" : "=x"(wide.lanes) : "m"(numbers));
+    }
+    else {
+        wide.lanes = __builtin_convertvector(numbers, decltype(wide.lanes));
+    }
+}
+#undef TASKVEC_WIDENS_AT_ONCE
+#endif
+
 /// `bytes` of consecutive entries of A, from stored words of T (one entry for 0 bytes), and back.
 template <arithmetic_element A, int bytes, storage_element T>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> load_row(const storage_word<T>* from) noexcept
@@ -3361,10 +3410,9 @@ template <arithmetic_element A, int bytes, storage_element T>
     }
 #if TASKVEC_VECTORS()
     else {
-        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
-        using lanes = typename taskvec::detail::vector_of<std::int32_t, bytes>::type;
-        return pack_conversion<T>::widen(
-            pack_words<A, bytes>{__builtin_convertvector(*reinterpret_cast<const codes*>(from), lanes)});
+        pack_words<A, bytes> words;
+        widen_lanes(from, words);
+        return pack_conversion<T>::widen(words);
     }
 #endif
 }
@@ -3537,8 +3585,9 @@ template <int bytes, arithmetic_element A>
     }
 #if TASKVEC_VECTORS()
     else {
-        using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
-        return {__builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+        pack<double, bytes> wide;
+        widen_lanes(from, wide);
+        return wide;
     }
 #endif
 }

@@ -1633,6 +1633,8 @@ template <arithmetic_element T>
 struct adapted_module;
 template <arithmetic_element T>
 struct adapter_contents;
+struct diffusion_module;
+class diffusion_names;
 struct module_match;
 struct adapter_write_options;
 struct adapter_loss;
@@ -2247,6 +2249,19 @@ private:
     matrix_order order_ = matrix_order::column_major;
 };
 
+/// The transposed matrix in memory of its own, row-major.
+///
+///     const matrix<float> in_by_out = transposed_copy(out_by_in);
+template <storage_element T>
+[[nodiscard]] matrix<T> transposed_copy(const matrix<T>& x)
+{
+    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+    }
+    return y;
+}
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_MATRIX_HPP
 
@@ -2569,11 +2584,14 @@ bool sax_parse_strictly(std::string_view text, Events& events)
     return nlohmann::json::sax_parse(text.begin(), text.end(), &events);
 }
 
-/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs.
+/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs:
+/// without the name, and of what it was reading (a number may have millions of digits) the beginning and the end.
 [[nodiscard]] inline std::string syntax_message(const char* what)
 {
     std::string text = what;
     if (const auto end = text.find("] "); text.starts_with('[') && end != text.npos) { text.erase(0, end + 2); }
+    constexpr std::size_t part = 200;
+    if (text.size() > 3 * part) { text.replace(part, text.size() - 2 * part, "…"); }
     return text;
 }
 
@@ -4376,6 +4394,7 @@ namespace detail {
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -4681,6 +4700,7 @@ public:
                     ".tmp");
             file_ = detail::descriptor(detail::system::open_new(temporary_));
             if (file_) {
+                (void)detail::system::lock(file_.get()); // see is_in_use()
                 detail::temporaries::add(temporary_);
                 break;
             }
@@ -4767,6 +4787,7 @@ public:
         if (file_) { return; }
         file_ = detail::descriptor(detail::system::open_to_write(temporary_));
         if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
+        (void)detail::system::lock(file_.get());
     }
 
     /// Takes the bytes of a finished file in place of its own: another name of it, or a copy where the file system has
@@ -4953,6 +4974,14 @@ inline constexpr std::string_view put_aside_ending = ".old", was_not_there_endin
     return process > 0 && detail::system::is_gone(process);
 }
 
+/// Whether somebody is writing a temporary file or directory, in whichever container: both are locked meanwhile, on
+/// file systems with such locks (flock).
+[[nodiscard]] inline bool is_in_use(const std::filesystem::path& temporary) noexcept
+{
+    const detail::descriptor file(detail::system::open_to_read(temporary));
+    return file && detail::system::lock(file.get()) != 0 && errno == EWOULDBLOCK;
+}
+
 /// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
 /// files were still to come, the old ones, which had gone aside, return. Returns the names that did. `lock`: on the
 /// directory, held. Called by output_directory.
@@ -5043,9 +5072,10 @@ public:
             level = level.parent_path()) {
             missing.push_back(level);
         }
-        missing.insert(missing.begin(), path_ = sibling_name());
-        made_.reserve(missing.size());
+        made_.reserve(missing.size() + 1);
         for (; !missing.empty(); missing.pop_back()) { make(std::move(missing.back())); }
+        make(path_ = sibling_name());
+        lock_new();
     }
     output_directory(const output_directory&) = delete;
     output_directory& operator=(const output_directory&) = delete;
@@ -5099,14 +5129,29 @@ private:
         , path_(target_)
         , mode_(mode)
     { }
+    /// So that is_in_use() holds of the new directory.
+    void lock_new() noexcept
+    {
+#if !defined(_WIN32) // where what is open keeps its name
+        in_use_ = detail::descriptor(detail::system::open_to_read(path_));
+        if (in_use_) { (void)detail::system::lock(in_use_.get()); }
+#endif
+    }
+    /// A name that nothing has: what a killed run left may be called as this process would call its own, since
+    /// containers number their processes alike.
     [[nodiscard]] std::filesystem::path sibling_name() const
     {
         static std::atomic<unsigned> counter{0};
-        return detail::directory_of(target_)
-            / message(".taskvec-", detail::system::process(), "-directory-",
-                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+        for (;;) {
+            auto name = detail::directory_of(target_)
+                / message(".taskvec-", detail::system::process(), "-directory-",
+                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            detail::system::status there;
+            if (!detail::system::look_at_link(name, there)) { return name; }
+        }
     }
     /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
+    /// It is made within and then moved, which a directory that is a mount of its own (a container's volume) refuses.
     void stage()
     {
         std::error_code failure;
@@ -5116,13 +5161,22 @@ private:
         for (const bool beside : {true, false}) {
             detail::system::status old, own;
             if (beside && !can_be_exchanged(old)) { continue; }
-            path_ = beside ? sibling_name() : target_ / sibling_name().filename();
+            auto sibling = sibling_name(), named_sibling = sibling;
+            path_ = target_ / sibling.filename();
             made_.push_back(path_); // before there is something to remove
-            if (detail::system::make_directory(path_, false) == 0
-                && (!beside
-                    || (detail::system::look_at(path_, own) && own.owner == old.owner && own.group == old.group
-                        && detail::system::set_permissions(path_, old.mode & 07777) == 0))) {
+            bool fits = detail::system::make_directory(path_, false) == 0;
+            if (fits && beside) {
+                fits = detail::system::rename(path_, sibling) == 0;
+                if (fits) {
+                    made_.back().swap(sibling);
+                    path_.swap(named_sibling);
+                }
+                fits = fits && detail::system::look_at(path_, own) && own.owner == old.owner && own.group == old.group
+                    && detail::system::set_permissions(path_, old.mode & 07777) == 0;
+            }
+            if (fits) {
                 detail::temporaries::add(path_);
+                lock_new();
                 staged_ = true;
                 beside_ = beside;
                 return;
@@ -5160,7 +5214,18 @@ private:
             }
             (void)detail::system::set_permissions(path_ / name, old.mode & 0777);
         }
-        if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
+        if (beside_ && link_the_rest(obsolete) && take_place()) {
+#if defined(TASKVEC_NO_EXCEPTIONS)
+            bring_what_came(fresh, obsolete);
+#else
+            try {
+                bring_what_came(fresh, obsolete);
+            }
+            catch (const std::bad_alloc&) { // the new files have their names: nothing may fail any more
+            }
+#endif
+        }
+        else {
             go_inside(fresh);
             move_in(fresh, obsolete);
         }
@@ -5251,6 +5316,26 @@ private:
         if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
         return true;
     }
+    /// Brings what others put into the old directory, which lies at path_ by now, after its names had been looked at.
+    void bring_what_came(
+        const std::vector<std::filesystem::path>& fresh, const std::vector<std::string>& obsolete) const
+    {
+        const auto lock = lock_file().filename();
+        const auto is_one_of = [](const auto& names, const auto& name) {
+            return std::find(names.begin(), names.end(), name) != names.end();
+        };
+        bool came = false;
+        detail::system::for_each_name(path_, [&](auto text) {
+            const std::filesystem::path name(text);
+            if (name == lock || is_one_of(fresh, name) || is_one_of(obsolete, name)) { return; }
+            detail::system::status old, now;
+            const bool linked = detail::system::look_at_link(path_ / name, old)
+                && detail::system::look_at_link(target_ / name, now) && old.device == now.device
+                && old.inode == now.inode;
+            if (!linked) { came = detail::system::rename(path_ / name, target_ / name) == 0 || came; }
+        });
+        if (came && mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
+    }
     void make(std::filesystem::path level)
     {
         if (detail::system::make_directory(level) == 0) {
@@ -5275,6 +5360,7 @@ private:
     durability mode_;
     std::vector<std::filesystem::path> made_;
     std::optional<directory_lock> lock_;
+    detail::descriptor in_use_; ///< of the new directory
     bool staged_ = false; ///< what lies at path_ is to replace what lies at target_
     bool beside_ = false; ///< by an exchange of the two
 };
@@ -12519,9 +12605,9 @@ namespace taskvec::inline TASKVEC_ABI {
 /// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
 /// can, without backtracking: no pattern takes exponential time and no name exhausts the stack; back-references are
 /// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
-/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`: counted repeats such as
-/// `x{3}` are written out, and a pattern may have at most 2,000 characters and groups that way; a count has at most
-/// four digits; a look-ahead holds no other.
+/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`, and then this is at most
+/// 40 million: counted repeats such as `x{3}` are written out, and a pattern may have at most 2,000 characters and
+/// groups that way; a count has at most four digits; a look-ahead holds no other.
 ///
 ///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
 ///     bool in = pattern.occurs_in("model.layers.3.weight");
@@ -12529,6 +12615,8 @@ class name_pattern {
 public:
     /// Bytes of a pattern, bytes of a name, and characters of a pattern with its counted repeats written out.
     static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
+    /// Characters of a pattern with look-aheads, written out, times the square of a name's bytes.
+    static constexpr std::size_t most_looks_ahead = 40'000'000;
 
     /// Throws invalid_argument for text that is not a regular expression, saying why.
     explicit name_pattern(const std::string& text)
@@ -12592,7 +12680,7 @@ private:
     }
 
     /// Refuses what would take long. What is no pattern passes; the parser refuses it afterwards.
-    static void check_budget(std::string_view text)
+    void check_budget(std::string_view text)
     {
         struct group {
             std::size_t size = 0; ///< with the repeats written out; never more than what is too large
@@ -12623,6 +12711,7 @@ private:
                 const auto kind = text.substr(at + 1, 2);
                 const bool looks = kind == "?=" || kind == "?!";
                 nested = nested || (looks && open.back().looks_ahead);
+                looks_ahead_ = looks_ahead_ || looks;
                 open.push_back({1, looks || open.back().looks_ahead});
             }
             else if (c == ')' && open.size() > 1) {
@@ -12661,6 +12750,7 @@ private:
                 message("'", text, "' has more than ", largest_expansion,
                     " characters and groups once its counted repeats are written out: use smaller counts, '*' or '+'"));
         }
+        expansion_ = total;
         if (nested) {
             raise<invalid_argument>(error_code::pattern_invalid,
                 message("'", text, "' has a look-ahead within a look-ahead: write one after the other"));
@@ -12678,16 +12768,23 @@ private:
         }
         return at;
     }
-    static std::string_view checked(std::string_view name)
+    [[nodiscard]] std::string_view checked(std::string_view name) const
     {
         if (name.size() > longest_name) {
             raise<invalid_argument>(error_code::pattern_invalid,
                 message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
                     " bytes; regular expressions are matched against at most ", longest_name));
         }
+        if (looks_ahead_ && expansion_ * name.size() * name.size() > most_looks_ahead) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text_, "' looks ahead too often in tensor '", name.substr(0, 60), "…' with its name of ",
+                    name.size(), " bytes: leave '(?=' and '(?!' out, or shorten the pattern"));
+        }
         return name;
     }
     std::string text_;
+    std::size_t expansion_ = 0; ///< characters and groups, written out
+    bool looks_ahead_ = false;
     std::regex expression_;
 #if defined(__GLIBCXX__)
     std::regex within_; ///< the pattern with anything before and after it
@@ -13785,16 +13882,6 @@ template <class T>
     return read_factor<T>(file, flat);
 }
 
-template <class T>
-[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
-{
-    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
-    }
-    return y;
-}
-
 } // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -13975,7 +14062,7 @@ template <arithmetic_element T = float>
         made.stored = wider(pair.a->dtype, pair.b->dtype);
         made.update.a = detail::read_factor<T>(file, *pair.a);
         made.update.b = detail::read_factor<T>(file, *pair.b);
-        if (made.embedding) { made.update.a = detail::turned_over(made.update.a); }
+        if (made.embedding) { made.update.a = transposed_copy(made.update.a); }
         if (made.update.a.rows() != made.update.b.cols()) {
             raise<shape_mismatch>(error_code::factor_rank,
                 message("'", where, "': '", name, "': lora_a has shape ", to_string(pair.a->shape), " and lora_b ",
@@ -14599,7 +14686,7 @@ private:
     void join_core(const safetensors_entry& core, matrix<T>& left, matrix<T>& right)
     {
         right = along_core(core_between(core, left.rows(), right.rows()), right);
-        left = turned_over(left);
+        left = transposed_copy(left);
     }
     void refuse_rank_0(std::size_t rank) const
     {
@@ -14727,8 +14814,8 @@ private:
         made_.update.a = factor(a);
         made_.update.b = factor(b);
         if (mlx) {
-            made_.update.a = turned_over(made_.update.a);
-            made_.update.b = turned_over(made_.update.b);
+            made_.update.a = transposed_copy(made_.update.a);
+            made_.update.b = transposed_copy(made_.update.b);
         }
         take_kernel(a, b);
         if (const auto* const mid = parts_.get(role::mid)) { join_mid(*mid, a); }
@@ -16221,7 +16308,8 @@ inline void write_adapter(
 // ---- taskvec/formats/adapter_names.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_NAMES_HPP)
 #define TASKVEC_SINGLE_FORMATS_ADAPTER_NAMES_HPP
-// Which tensors of a base the modules of an adapter mean: prefixes, underscores for dots, names of components.
+// Which tensors of a base the modules of an adapter mean: prefixes, underscores for dots, names of components, and the
+// two namings of Stable Diffusion.
 // SPDX-License-Identifier: Apache-2.0
 
 
@@ -17245,6 +17333,40 @@ template <storage_element T, arithmetic_element A>
 inline constexpr bool has_row_packs =
     std::same_as<T, A> || (std::same_as<A, float> && sizeof(T) == 2 && has_pack_conversion<T>);
 
+#if TASKVEC_VECTORS()
+#if defined(__x86_64__) && !defined(__clang__) // g++ 12 would convert halves, and put them together
+#define TASKVEC_WIDENS_AT_ONCE 1
+#else
+#define TASKVEC_WIDENS_AT_ONCE 0
+#endif
+/// 16-bit codes in words of 32 bits, from memory.
+template <int bytes>
+TASKVEC_INLINE void widen_lanes(const std::uint16_t* from, pack_words<float, bytes>& wide) noexcept
+{
+    const auto& codes =
+        *reinterpret_cast<const typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere*>(from);
+    if constexpr (TASKVEC_WIDENS_AT_ONCE && bytes > 16) { asm("vpmovzxwd %1, %0" : "=v"(wide.lanes) : "m"(codes)); }
+    else { // the baseline has none
+        wide.lanes = __builtin_convertvector(codes, decltype(wide.lanes));
+    }
+}
+/// Floats as doubles, from memory.
+template <int bytes>
+TASKVEC_INLINE void widen_lanes(const float* from, pack<double, bytes>& wide) noexcept
+{
+    const auto& numbers =
+        *reinterpret_cast<const typename taskvec::detail::vector_of<float, bytes / 2>::anywhere*>(from);
+    if constexpr (TASKVEC_WIDENS_AT_ONCE && bytes > 16) { asm("vcvtps2pd %1, %0" : "=v"(wide.lanes) : "m"(numbers)); }
+    else if constexpr (TASKVEC_WIDENS_AT_ONCE) {
+        asm("cvtps2pd %1, %0" : "=x"(wide.lanes) : "m"(numbers));
+    }
+    else {
+        wide.lanes = __builtin_convertvector(numbers, decltype(wide.lanes));
+    }
+}
+#undef TASKVEC_WIDENS_AT_ONCE
+#endif
+
 /// `bytes` of consecutive entries of A, from stored words of T (one entry for 0 bytes), and back.
 template <arithmetic_element A, int bytes, storage_element T>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> load_row(const storage_word<T>* from) noexcept
@@ -17257,10 +17379,9 @@ template <arithmetic_element A, int bytes, storage_element T>
     }
 #if TASKVEC_VECTORS()
     else {
-        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
-        using lanes = typename taskvec::detail::vector_of<std::int32_t, bytes>::type;
-        return pack_conversion<T>::widen(
-            pack_words<A, bytes>{__builtin_convertvector(*reinterpret_cast<const codes*>(from), lanes)});
+        pack_words<A, bytes> words;
+        widen_lanes(from, words);
+        return pack_conversion<T>::widen(words);
     }
 #endif
 }
@@ -17433,8 +17554,9 @@ template <int bytes, arithmetic_element A>
     }
 #if TASKVEC_VECTORS()
     else {
-        using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
-        return {__builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+        pack<double, bytes> wide;
+        widen_lanes(from, wide);
+        return wide;
     }
 #endif
 }
@@ -19271,6 +19393,465 @@ private:
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ADAPTERS_ADAPTED_MODEL_HPP
 
+// ---- taskvec/formats/diffusion_names.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_DIFFUSION_NAMES_HPP)
+#define TASKVEC_SINGLE_FORMATS_DIFFUSION_NAMES_HPP
+// Stable Diffusion's two namings of one model: diffusers' folders, and single files (LDM, A1111, ComfyUI).
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstddef>
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A module of Stable Diffusion (1.x, 2.x, XL), and the tensor of a base that is its weight.
+struct diffusion_module {
+    std::string component{}; ///< its model, as diffusers calls that: "unet", "text_encoder", "text_encoder_2"
+    std::string diffusers{}; ///< its name there: "down_blocks.0.attentions.0.proj_in"; empty: not known
+    std::string ldm{}; ///< in single files, behind the model's prefix: "input_blocks.1.1.proj_in"; empty: not known
+    std::string tensor{}; ///< of the base
+    std::size_t block = 0; ///< of the rows of the tensor, where several modules are one: which block is this one's
+    std::size_t blocks = 1; ///< and how many there are: 3 of a fused in_proj_weight
+    bool transposed = false; ///< the tensor is in×out
+    bool single_file = false; ///< the base has the name `ldm`
+    std::string called{}; ///< of what find() gives: the name that was asked for, without its component, with dots
+    bool translated = false; ///< of what find() gives: that is a name of the other kind than the base's
+};
+
+/// The modules of Stable Diffusion in a base, by the names of both kinds: a UNet under diffusers' names or those of
+/// single files, the text encoders of single files (CLIP's under transformers' names, OpenCLIP's under its own, whose
+/// q, k and v are one tensor). Everything follows from one table of stems; the blocks' numbers from how many residual
+/// blocks a level has (2 in Stable Diffusion), which the base's names tell. Empty for other bases, and for UNets whose
+/// blocks no such number tells.
+///
+///     const diffusion_names names(checkpoint.model());
+///     names.find("lora_unet_down_blocks_0_attentions_0_proj_in", adapter_dialect::kohya); // input_blocks.1.1.proj_in
+class diffusion_names {
+public:
+    diffusion_names() = default;
+    /// Refers to nothing of the base afterwards.
+    explicit diffusion_names(const const_model_ref& base);
+
+    [[nodiscard]] bool empty() const noexcept { return modules_.empty(); }
+    /// The modules that a name of an adapter may mean: of the component that it names, or of any where it names none.
+    [[nodiscard]] std::vector<diffusion_module> find(std::string_view module, adapter_dialect dialect) const;
+    /// Whether find() knows all that a name can mean: it names a component of Stable Diffusion, and the base is a
+    /// single file, which holds all of them.
+    [[nodiscard]] bool decides(std::string_view module, adapter_dialect dialect) const;
+    /// The base's tensor that a name with dots and a last word means ("unet.conv_in.bias"); empty: none, several, or
+    /// only a part of one.
+    [[nodiscard]] std::string tensor_called(std::string_view name) const;
+
+private:
+    void add(diffusion_module module);
+    void add_unet(const const_model_ref& base, bool single_file);
+    void add_text_encoders(const const_model_ref& base);
+
+    std::vector<diffusion_module> modules_{};
+    std::multimap<std::string, std::pair<std::size_t, std::string>, std::less<>> dotted_{},
+        underscored_{}; ///< places in modules_ and names, by component and name
+    bool single_file_ = false;
+};
+
+namespace detail {
+
+/// What the two kinds of names call a part of a UNet.
+struct unet_stem {
+    enum what { layer, residual, attention } kind = layer; ///< a module itself, or a block of some
+    std::string diffusers{}, ldm{};
+};
+/// A pair of names, diffusers' first.
+using name_pair = std::pair<std::string_view, std::string_view>;
+
+/// The layers before and behind the blocks.
+inline constexpr std::array<name_pair, 7> unet_layers{
+    {{"conv_in", "input_blocks.0.0"}, {"time_embedding.linear_1", "time_embed.0"},
+        {"time_embedding.linear_2", "time_embed.2"}, {"add_embedding.linear_1", "label_emb.0.0"},
+        {"add_embedding.linear_2", "label_emb.0.2"}, {"conv_norm_out", "out.0"}, {"conv_out", "out.2"}}};
+/// The layers of a residual block.
+inline constexpr std::array<name_pair, 6> residual_layers{
+    {{"norm1", "in_layers.0"}, {"conv1", "in_layers.2"}, {"time_emb_proj", "emb_layers.1"}, {"norm2", "out_layers.0"},
+        {"conv2", "out_layers.3"}, {"conv_shortcut", "skip_connection"}}};
+/// The layers of a block of OpenCLIP's text encoder that have a tensor each, and those around the blocks.
+inline constexpr std::array<name_pair, 5> open_clip_layers{{{"layer_norm1", "ln_1"}, {"layer_norm2", "ln_2"},
+    {"mlp.fc1", "mlp.c_fc"}, {"mlp.fc2", "mlp.c_proj"}, {"self_attn.out_proj", "attn.out_proj"}}};
+inline constexpr std::array<name_pair, 2> open_clip_ends{
+    {{"text_model.embeddings.token_embedding", "token_embedding"}, {"text_model.final_layer_norm", "ln_final"}}};
+
+/// Where single files keep text encoders.
+struct text_encoder_place {
+    std::string_view prefix{}, component{};
+    bool open_clip = false;
+};
+inline constexpr std::array<text_encoder_place, 5> text_encoder_places{
+    {{"cond_stage_model.transformer.", "text_encoder", false},
+        {"conditioner.embedders.0.transformer.", "text_encoder", false},
+        {"cond_stage_model.model.", "text_encoder", true}, {"conditioner.embedders.0.model.", "text_encoder_2", true},
+        {"conditioner.embedders.1.model.", "text_encoder_2", true}}};
+inline constexpr std::string_view single_file_unet = "model.diffusion_model.";
+
+[[nodiscard]] inline std::vector<std::string_view> segments_of(std::string_view name)
+{
+    std::vector<std::string_view> segments;
+    for (std::size_t at = 0; at <= name.size();) {
+        const auto end = std::min(name.find('.', at), name.size());
+        segments.push_back(name.substr(at, end - at));
+        at = end + 1;
+    }
+    return segments;
+}
+/// A segment that is the number of a block.
+[[nodiscard]] inline std::optional<std::size_t> block_number(std::string_view segment)
+{
+    std::size_t number = 0;
+    const auto [end, problem] = std::from_chars(segment.data(), segment.data() + segment.size(), number);
+    const bool all = problem == std::errc() && end == segment.data() + segment.size();
+    return all && number < 64 ? std::optional(number) : std::nullopt;
+}
+
+/// What stands before all names of a base's UNet; nothing: it has none under such names, or several.
+[[nodiscard]] inline std::optional<std::string> unet_prefix(const const_model_ref& base, bool single_file)
+{
+    using list = std::array<std::string_view, 3>;
+    constexpr list of_ldm{"input_blocks.", "middle_block.", "output_blocks."},
+        of_diffusers{"down_blocks.", "mid_block.", "up_blocks."};
+    std::set<std::string, std::less<>> found;
+    for (const auto& [name, tensor] : base) {
+        for (const auto part : single_file ? of_ldm : of_diffusers) {
+            const auto at = name.find(part);
+            if (at == name.npos || (at > 0 && name[at - 1] != '.')) { continue; }
+            const auto before = name.substr(0, at);
+            // Autoencoders have such blocks too, and ControlNets are another model.
+            const bool other = before.ends_with("encoder.") || before.ends_with("decoder.")
+                || before.ends_with("control_model.") || before.ends_with("controlnet.");
+            if (!other) { found.insert(before); }
+            break;
+        }
+    }
+    if (single_file && found.contains(single_file_unet)) { return std::string(single_file_unet); }
+    return found.size() == 1 ? std::optional(*found.begin()) : std::nullopt;
+}
+
+/// How many residual blocks a level of a UNet has on the way down, by its modules' names; nothing: levels differ. Parts
+/// of a model that do not tell are Stable Diffusion's.
+[[nodiscard]] inline std::optional<std::size_t> unet_depth(
+    const std::set<std::string, std::less<>>& modules, bool single_file)
+{
+    constexpr std::size_t usual = 2;
+    if (single_file) {
+        std::size_t period = 0;
+        for (const auto& name : modules) { // of the convolutions between levels
+            const auto parts = segments_of(name);
+            if (parts.size() != 4 || parts[0] != "input_blocks" || parts[3] != "op") { continue; }
+            const auto number = block_number(parts[1]);
+            if (number && (period == 0 || *number < period)) { period = *number; }
+        }
+        const bool whole = modules.contains("input_blocks.0.0") && modules.contains("out.2");
+        if (!whole || period == 0) { period = usual + 1; }
+        const bool regular = std::all_of(modules.begin(), modules.end(), [&](const auto& name) {
+            const auto parts = segments_of(name);
+            if (parts.size() != 4 || parts[0] != "input_blocks" || parts[3] != "op") { return true; }
+            const auto number = block_number(parts[1]);
+            return number && *number % period == 0;
+        });
+        return regular && period > 1 ? std::optional(period - 1) : std::nullopt;
+    }
+    std::map<std::size_t, std::size_t> down, up; // blocks, by level
+    for (const auto& name : modules) {
+        const auto parts = segments_of(name);
+        if (parts.size() < 4 || (parts[2] != "resnets" && parts[2] != "attentions")) { continue; }
+        const auto level = block_number(parts[1]), block = block_number(parts[3]);
+        if (!level || !block || (parts[0] != "down_blocks" && parts[0] != "up_blocks")) { continue; }
+        auto& count = (parts[0] == "down_blocks" ? down : up)[*level];
+        count = std::max(count, *block + 1);
+    }
+    if (modules.contains("conv_in") && modules.contains("conv_out") && !down.empty()) {
+        const auto depth = down.begin()->second;
+        const auto all = [](const auto& levels, std::size_t count) {
+            return std::all_of(levels.begin(), levels.end(), [&](const auto& one) { return one.second == count; });
+        };
+        return all(down, depth) && all(up, depth + 1) ? std::optional(depth) : std::nullopt;
+    }
+    const auto within = [](const auto& levels, std::size_t count) {
+        return std::all_of(levels.begin(), levels.end(), [&](const auto& one) { return one.second <= count; });
+    };
+    return within(down, usual) && within(up, usual + 1) ? std::optional(usual) : std::nullopt;
+}
+
+/// The table: what both call the parts of a UNet of `depth` residual blocks a level. `upsampled_behind_attention` says
+/// of a level on the way up whether it has attention, behind which single files count its upsampler.
+template <class Call>
+[[nodiscard]] std::vector<unet_stem> unet_stems(
+    std::size_t depth, std::size_t levels, const Call& upsampled_behind_attention)
+{
+    std::vector<unet_stem> stems;
+    const auto add = [&](unet_stem::what kind, std::string diffusers, std::string ldm) {
+        stems.push_back({kind, std::move(diffusers), std::move(ldm)});
+    };
+    const auto text = [](std::size_t number) { return std::to_string(number); };
+    for (const auto& [diffusers, ldm] : unet_layers) {
+        add(unet_stem::layer, std::string(diffusers), std::string(ldm));
+    }
+    add(unet_stem::residual, "mid_block.resnets.0", "middle_block.0");
+    add(unet_stem::attention, "mid_block.attentions.0", "middle_block.1");
+    add(unet_stem::residual, "mid_block.resnets.1", "middle_block.2");
+    for (std::size_t level = 0; level < levels; ++level) {
+        const std::size_t first = level * (depth + 1);
+        const auto down = "down_blocks." + text(level), up = "up_blocks." + text(level);
+        const auto in = [&](std::size_t block) { return "input_blocks." + text(first + 1 + block); };
+        const auto out = [&](std::size_t block) { return "output_blocks." + text(first + block); };
+        for (std::size_t block = 0; block < depth; ++block) {
+            add(unet_stem::residual, down + ".resnets." + text(block), in(block) + ".0");
+            add(unet_stem::attention, down + ".attentions." + text(block), in(block) + ".1");
+        }
+        add(unet_stem::layer, down + ".downsamplers.0.conv", in(depth) + ".0.op");
+        for (std::size_t block = 0; block <= depth; ++block) {
+            add(unet_stem::residual, up + ".resnets." + text(block), out(block) + ".0");
+            add(unet_stem::attention, up + ".attentions." + text(block), out(block) + ".1");
+        }
+        const bool behind = upsampled_behind_attention(up, out(depth));
+        add(unet_stem::layer, up + ".upsamplers.0.conv", out(depth) + (behind ? ".2" : ".1") + ".conv");
+    }
+    return stems;
+}
+
+/// A module's name of one kind as that of the other; empty: the table has no row for it. `stems` by the names of the
+/// first kind.
+[[nodiscard]] inline std::string translated_module(
+    const std::map<std::string, unet_stem, std::less<>>& stems, const std::string& module, bool from_ldm)
+{
+    for (auto at = module.size();; at = module.rfind('.', at - 1)) { // the longest stem first
+        const auto stem = stems.find(std::string_view(module).substr(0, at));
+        if (stem != stems.end()) {
+            const auto rest = at == module.size() ? std::string() : module.substr(at + 1);
+            const auto& to = from_ldm ? stem->second.diffusers : stem->second.ldm;
+            switch (stem->second.kind) {
+            case unet_stem::layer: return rest.empty() ? to : "";
+            case unet_stem::attention: return rest.empty() ? "" : to + "." + rest;
+            default:
+                for (const auto& [diffusers, ldm] : residual_layers) {
+                    if (rest == (from_ldm ? ldm : diffusers)) {
+                        return to + "." + std::string(from_ldm ? diffusers : ldm);
+                    }
+                }
+                return "";
+            }
+        }
+        if (at == 0 || module.rfind('.', at - 1) == module.npos) { return ""; }
+    }
+}
+
+/// The component that an adapter's name of a module names, and the rest of it.
+struct component_name {
+    std::string_view component{}, module{};
+};
+[[nodiscard]] inline component_name split_component(std::string_view module, adapter_dialect dialect)
+{
+    if (dialect == adapter_dialect::kohya) {
+        const auto named = kohya_component_of(module);
+        return {named.diffusers, module.substr(named.prefix.size())};
+    }
+    const auto component = component_of(module);
+    return {component, component.empty() ? module : module.substr(component.size() + 1)};
+}
+/// The models of Stable Diffusion's pipelines that adapters change.
+inline constexpr std::array<std::string_view, 3> diffusion_components{"unet", "text_encoder", "text_encoder_2"};
+
+} // namespace detail
+
+inline diffusion_names::diffusion_names(const const_model_ref& base)
+{
+    add_unet(base, true);
+    if (modules_.empty()) { add_unet(base, false); }
+    add_text_encoders(base);
+}
+
+inline void diffusion_names::add(diffusion_module module)
+{
+    std::vector<std::string> names;
+    const auto name = [&](std::string one) {
+        if (!one.empty() && std::find(names.begin(), names.end(), one) == names.end()) {
+            names.push_back(std::move(one));
+        }
+    };
+    name(module.diffusers);
+    name(module.ldm);
+    if (module.component != "unet") { // versions of transformers differ in whether this stands before them
+        constexpr std::string_view wrapper = "text_model.";
+        const auto own = module.diffusers;
+        name(own.starts_with(wrapper) ? own.substr(wrapper.size()) : std::string(wrapper) + own);
+    }
+    for (auto& one : names) {
+        auto key = module.component + ":" + one;
+        auto flat = key;
+        std::replace(flat.begin() + static_cast<std::ptrdiff_t>(module.component.size()), flat.end(), '.', '_');
+        underscored_.emplace(std::move(flat), std::pair(modules_.size(), one));
+        dotted_.emplace(std::move(key), std::pair(modules_.size(), one));
+    }
+    modules_.push_back(std::move(module));
+}
+
+inline void diffusion_names::add_unet(const const_model_ref& base, bool single_file)
+{
+    constexpr std::string_view suffix = ".weight";
+    const auto prefix = detail::unet_prefix(base, single_file);
+    if (!prefix) { return; }
+    std::set<std::string, std::less<>> modules;
+    for (const auto& [name, tensor] : base) {
+        if (!name.starts_with(*prefix) || !name.ends_with(suffix) || name.size() <= prefix->size() + suffix.size()) {
+            continue;
+        }
+        modules.insert(name.substr(prefix->size(), name.size() - prefix->size() - suffix.size()));
+    }
+    const auto depth = detail::unet_depth(modules, single_file);
+    if (!depth) { return; }
+    const auto begins = [&](const std::string& stem) {
+        const auto place = modules.lower_bound(stem);
+        return place != modules.end() && place->starts_with(stem);
+    };
+    const auto table = detail::unet_stems(*depth, 16, [&](const std::string& up, const std::string& out) {
+        return single_file ? modules.contains(out + ".2.conv") : begins(up + ".attentions.");
+    });
+    std::map<std::string, detail::unet_stem, std::less<>> stems;
+    for (const auto& stem : table) { stems.emplace(single_file ? stem.ldm : stem.diffusers, stem); }
+    for (const auto& module : modules) {
+        auto other = detail::translated_module(stems, module, single_file);
+        diffusion_module made;
+        made.component = "unet";
+        made.diffusers = single_file ? other : module;
+        made.ldm = single_file ? module : other;
+        made.tensor = *prefix + module + std::string(suffix);
+        made.single_file = single_file;
+        add(std::move(made));
+    }
+    single_file_ = single_file && *prefix == detail::single_file_unet;
+}
+
+inline void diffusion_names::add_text_encoders(const const_model_ref& base)
+{
+    constexpr std::string_view suffix = ".weight", blocks = "transformer.resblocks.",
+                               layers = "text_model.encoder.layers.";
+    for (const auto& [name, tensor] : base) {
+        for (const auto& place : detail::text_encoder_places) {
+            if (!name.starts_with(place.prefix)) { continue; }
+            const auto own = name.substr(place.prefix.size());
+            diffusion_module made;
+            made.component = place.component;
+            made.tensor = name;
+            made.single_file = true;
+            const bool weight = own.ends_with(suffix) && own.size() > suffix.size();
+            made.ldm = weight ? own.substr(0, own.size() - suffix.size()) : own;
+            if (!place.open_clip) {
+                if (!weight) { continue; }
+                made.diffusers = made.ldm;
+                add(std::move(made));
+                continue;
+            }
+            if (own == "positional_embedding") {
+                made.diffusers = "text_model.embeddings.position_embedding";
+                add(std::move(made));
+                continue;
+            }
+            if (own == "text_projection") { // a matrix that is multiplied from the right
+                made.diffusers = own;
+                made.transposed = true;
+                add(std::move(made));
+                continue;
+            }
+            for (const auto& [diffusers, ldm] : detail::open_clip_ends) {
+                if (weight && made.ldm == ldm) { made.diffusers = diffusers; }
+            }
+            const auto dot = own.starts_with(blocks) ? own.find('.', blocks.size()) : own.npos;
+            if (dot != own.npos) {
+                const auto layer = std::string(layers) + own.substr(blocks.size(), dot - blocks.size()) + ".";
+                const auto within = std::string_view(made.ldm).substr(dot + 1);
+                if (within == "attn.in_proj_weight") {
+                    constexpr std::array<std::string_view, 3> fused{"q_proj", "k_proj", "v_proj"};
+                    made.blocks = fused.size();
+                    made.ldm.clear();
+                    for (std::size_t i = 0; i < fused.size(); ++i) {
+                        made.diffusers = layer + "self_attn." + std::string(fused[i]);
+                        made.block = i;
+                        add(made);
+                    }
+                    continue;
+                }
+                for (const auto& [diffusers, ldm] : detail::open_clip_layers) {
+                    if (weight && within == ldm) { made.diffusers = layer + std::string(diffusers); }
+                }
+            }
+            if (!made.diffusers.empty()) { add(std::move(made)); }
+        }
+    }
+}
+
+inline std::vector<diffusion_module> diffusion_names::find(std::string_view module, adapter_dialect dialect) const
+{
+    std::vector<diffusion_module> found;
+    if (modules_.empty()) { return found; }
+    const bool flat = dialect == adapter_dialect::kohya;
+    const auto named = detail::split_component(module, dialect);
+    std::vector<std::string> names{std::string(named.module)};
+    if (const auto at = names[0].find(".processor."); at != std::string::npos) { names[0].erase(at, 10); }
+    if (names[0].ends_with(".to_out")) { names.push_back(names[0] + ".0"); } // the list that it is, by its first
+    std::set<std::size_t> places;
+    for (const auto component : detail::diffusion_components) {
+        if (!named.component.empty() && component != named.component) { continue; }
+        for (auto name : names) {
+            if (flat) { std::replace(name.begin(), name.end(), '.', '_'); }
+            const auto& known = flat ? underscored_ : dotted_;
+            const auto [first, last] = known.equal_range(std::string(component) + ":" + name);
+            for (auto place = first; place != last; ++place) {
+                const auto& [index, called] = place->second;
+                if (!places.insert(index).second) { continue; }
+                auto made = modules_[index];
+                made.called = called;
+                made.translated =
+                    made.diffusers != made.ldm && called != (made.single_file ? made.ldm : made.diffusers);
+                found.push_back(std::move(made));
+            }
+        }
+    }
+    return found;
+}
+
+inline bool diffusion_names::decides(std::string_view module, adapter_dialect dialect) const
+{
+    const auto component = detail::split_component(module, dialect).component;
+    const auto& known = detail::diffusion_components;
+    return single_file_ && std::find(known.begin(), known.end(), component) != known.end();
+}
+
+inline std::string diffusion_names::tensor_called(std::string_view name) const
+{
+    const auto dot = name.rfind('.');
+    if (modules_.empty() || dot == name.npos) { return ""; }
+    constexpr std::string_view suffix = "weight";
+    const auto found = find(name.substr(0, dot), adapter_dialect::diffusers);
+    const auto word = name.substr(dot + 1);
+    if (found.size() != 1 || found[0].blocks > 1 || found[0].transposed) { return ""; }
+    const auto& tensor = found[0].tensor;
+    if (word == suffix) { return tensor; }
+    return tensor.ends_with("." + std::string(suffix))
+        ? tensor.substr(0, tensor.size() - suffix.size()) + std::string(word)
+        : "";
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_DIFFUSION_NAMES_HPP
+
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -19316,14 +19897,20 @@ struct module_match {
     std::vector<std::string> unmatched{}; ///< modules without one
     std::map<std::string, std::vector<std::string>>
         doubtful{}; ///< of these, those that several tensors may be meant by
+    std::map<std::string, diffusion_module>
+        diffusion{}; ///< modules that are matched as those of Stable Diffusion: what is known of them, by their names
     std::vector<std::string> changes{}; ///< how names were changed, a phrase each: "'model.' put before"
 
     /// What the adapter calls `name` (a tensor that comes with it whole), called as the base calls it.
     [[nodiscard]] std::string renamed(const std::string& name, const const_model_ref& base) const
     {
         if (base.find(name)) { return name; }
+        if (const auto called = names.tensor_called(name); !called.empty() && called != name) {
+            return renamed(called, base);
+        }
         const auto dot = name.rfind('.');
         if (const auto place = tensors.find(name.substr(0, dot)); place != tensors.end() && dot != name.npos) {
+            if (!place->second.ends_with(".weight")) { return name; } // of several modules
             return place->second.substr(0, place->second.rfind('.')) + name.substr(dot);
         }
         for (const auto& [off, on] : prefixes) {
@@ -19339,6 +19926,7 @@ struct module_match {
         return name;
     }
     std::vector<std::pair<std::string, std::string>> prefixes{}; ///< taken off, and put before
+    diffusion_names names{}; ///< those of the base, where it is a Stable Diffusion
 };
 
 namespace detail {
@@ -19397,14 +19985,50 @@ struct prefix_meaning {
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
 {
     constexpr std::string_view suffix = ".weight";
+    const std::string without_components = "names of components and processors left out",
+                      with_dots = "underscores read as the base's dots";
     module_match match;
-    std::vector<std::string> left;
+    std::vector<std::string> left, none; // to be matched, and those that certainly mean nothing
     const auto has = [&](const std::string& module) { return base.find(module + std::string(suffix)) != nullptr; };
+    const auto change = [&](const std::string& text) {
+        if (std::find(match.changes.begin(), match.changes.end(), text) == match.changes.end()) {
+            match.changes.push_back(text);
+        }
+    };
+    match.names = diffusion_names(base);
+    std::size_t translated = 0;
+    bool into_ldm = false;
     for (const auto& module : modules) {
-        if (has(module)) { match.tensors.emplace(module, module + std::string(suffix)); }
-        else {
+        if (has(module)) {
+            match.tensors.emplace(module, module + std::string(suffix));
+            continue;
+        }
+        auto meant = match.names.find(module, dialect);
+        if (meant.size() > 1) {
+            for (const auto& one : meant) { match.doubtful[module].push_back(one.tensor); }
+            none.push_back(module);
+            continue;
+        }
+        const bool named = !split_component(module, dialect).component.empty();
+        if (meant.empty() && match.names.decides(module, dialect)) { none.push_back(module); }
+        else if (meant.empty() || (!named && !meant[0].translated)) {
             left.push_back(module);
         }
+        else {
+            if (dialect == adapter_dialect::kohya) { change(with_dots); }
+            else if (named) {
+                change(without_components);
+            }
+            translated += meant[0].translated ? 1 : 0;
+            into_ldm = into_ldm || meant[0].single_file;
+            match.tensors.emplace(module, meant[0].tensor);
+            match.diffusion.emplace(module, std::move(meant[0]));
+        }
+    }
+    if (translated > 0) {
+        const auto count = message(translated, translated == 1 ? " name" : " names");
+        match.changes.push_back(into_ldm ? count + " of diffusers' translated to the base's, a single file's (LDM)"
+                                         : count + " of single files (LDM) translated to the base's, diffusers'");
     }
     if (dialect == adapter_dialect::kohya && !left.empty()) {
         std::vector<std::pair<std::string, std::string>> names; // with underscores, and the module's name
@@ -19414,7 +20038,6 @@ struct prefix_meaning {
             names.emplace_back(detail::with_underscores(module), module);
         }
         std::vector<std::string> still;
-        bool components = false;
         for (const auto& module : left) {
             const std::string key = detail::with_underscores(std::string(detail::without_component(module)));
             std::vector<std::string> whole, ending;
@@ -19428,15 +20051,15 @@ struct prefix_meaning {
             const auto& found = whole.empty() ? ending : whole;
             if (found.size() == 1) {
                 match.tensors.emplace(module, found[0] + std::string(suffix));
-                components = true;
+                change(with_dots);
             }
             else {
                 if (!found.empty()) { match.doubtful[module] = found; }
                 still.push_back(module);
             }
         }
-        if (components) { match.changes.emplace_back("underscores read as the base's dots"); }
         match.unmatched = std::move(still);
+        match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
         return match;
     }
     // diffusers: components, processors, and the list that to_out is
@@ -19450,10 +20073,7 @@ struct prefix_meaning {
         if (!has(name) && name.ends_with(".to_out") && has(name + ".0")) { name += ".0"; }
         if (name != module && has(name)) {
             match.tensors.emplace(module, name + std::string(suffix));
-            const std::string change = "names of components and processors left out";
-            if (std::find(match.changes.begin(), match.changes.end(), change) == match.changes.end()) {
-                match.changes.push_back(change);
-            }
+            change(without_components);
         }
         else {
             still.push_back(module);
@@ -19519,6 +20139,7 @@ struct prefix_meaning {
     }
     std::erase_if(match.doubtful, [&](const auto& one) { return match.tensors.contains(one.first); });
     match.unmatched = std::move(open);
+    match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
     return match;
 }
 
@@ -19527,7 +20148,8 @@ struct prefix_meaning {
 /// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; without the
 /// segments that wrappers put into the names of either (without_wrappers()); where dots are underscores by the one name
 /// that has them there; where a file names components (unet., text_encoder.) or diffusers' processors without these;
-/// and by prefixes that one of the two puts before its names, where they are the same for all: never by one that tells
+/// in a Stable Diffusion by the names of either kind, of the component that a name says (diffusion_names); and by
+/// prefixes that one of the two puts before its names, where they are the same for all: never by one that tells
 /// another layer or tower (encoder, decoder, vision) than what it stands for. Nothing is matched where two tensors
 /// would do, unless the prefixes of other modules decide.
 [[nodiscard]] inline module_match match_modules(
@@ -19565,6 +20187,11 @@ struct prefix_meaning {
     match.changes = found.changes;
     if (differ) { match.changes.emplace_back("segments of wrappers (_fsdp_wrapped_module, _orig_mod, …) left out"); }
     match.prefixes = found.prefixes;
+    match.names = found.names;
+    for (const auto& [plain, known] : found.diffusion) {
+        auto& there = match.diffusion[module_of.at(plain)] = known;
+        there.tensor = tensor_of.at(known.tensor);
+    }
     return match;
 }
 /// The same for the modules of an adapter, among them experts that are part of one parameter, whose tensors are the
@@ -19945,7 +20572,11 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
         }
         const std::string& tensor = match.tensors.at(module);
         const bool expert = !made.slice.parameter.empty();
-        const auto which = expert ? tensor + "[" + std::to_string(made.slice.index) + "]" : tensor;
+        const auto known = match.diffusion.find(module);
+        const auto diffusion = known == match.diffusion.end() ? diffusion_module() : known->second;
+        const auto which = expert  ? tensor + "[" + std::to_string(made.slice.index) + "]"
+            : diffusion.blocks > 1 ? tensor + "[" + std::to_string(diffusion.block) + "]"
+                                   : tensor;
         if (const auto [other, fresh] = taken.emplace(which, module); !fresh) {
             raise<invalid_argument>(error_code::tensor_unexpected,
                 message("modules '", other->second, "' and '", module, "' of ", adapter.label, " may both mean '",
@@ -19961,12 +20592,27 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
         detail::check_kernel(made, to, tensor, module, adapter.label);
         update_place place;
         place.magnitude = made.magnitude;
+        if (diffusion.blocks > 1) {
+            if (made.bias.rank() > 0) {
+                raise<invalid_argument>(error_code::tensor_missing,
+                    message("module '", module, "' of ", adapter.label, " has a bias of its own (lora_bias), and '",
+                        tensor, "' of ", traits.label,
+                        " is several modules' weight, whose biases are one tensor: fold it with PEFT, into the "
+                        "model as diffusers has it"));
+            }
+            place.slice = diffusion.block;
+            place.slices = diffusion.blocks;
+            place.row_blocks = true;
+            sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
+            continue;
+        }
         const auto [rows, columns] = adapted_model::sides(to.shape, to.size(tensor));
         const bool fits = rows == made.update.out() && columns == made.update.in(),
                    turned = to.shape.size() == 2 && rows == made.update.in() && columns == made.update.out();
         const bool head =
             tensor.ends_with("head.weight") || tensor.ends_with("wte.weight") || tensor.ends_with("wpe.weight");
-        place.transposed = made.embedding || (turned && (!fits || ((in_by_out || traits.conv1d) && !head)));
+        place.transposed =
+            made.embedding || diffusion.transposed || (turned && (!fits || ((in_by_out || traits.conv1d) && !head)));
         sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
         if (made.bias.rank() > 0) {
             const std::string bias = tensor.substr(0, tensor.size() - 6) + "bias";

@@ -1,9 +1,11 @@
-// Which tensors of a base the modules of an adapter mean: prefixes, underscores for dots, names of components.
+// Which tensors of a base the modules of an adapter mean: prefixes, underscores for dots, names of components, and the
+// two namings of Stable Diffusion.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/formats/adapter_file.hpp>
+#include <taskvec/formats/diffusion_names.hpp>
 #include <taskvec/formats/mlx_settings.hpp>
 
 #include <algorithm>
@@ -51,14 +53,20 @@ struct module_match {
     std::vector<std::string> unmatched{}; ///< modules without one
     std::map<std::string, std::vector<std::string>>
         doubtful{}; ///< of these, those that several tensors may be meant by
+    std::map<std::string, diffusion_module>
+        diffusion{}; ///< modules that are matched as those of Stable Diffusion: what is known of them, by their names
     std::vector<std::string> changes{}; ///< how names were changed, a phrase each: "'model.' put before"
 
     /// What the adapter calls `name` (a tensor that comes with it whole), called as the base calls it.
     [[nodiscard]] std::string renamed(const std::string& name, const const_model_ref& base) const
     {
         if (base.find(name)) { return name; }
+        if (const auto called = names.tensor_called(name); !called.empty() && called != name) {
+            return renamed(called, base);
+        }
         const auto dot = name.rfind('.');
         if (const auto place = tensors.find(name.substr(0, dot)); place != tensors.end() && dot != name.npos) {
+            if (!place->second.ends_with(".weight")) { return name; } // of several modules
             return place->second.substr(0, place->second.rfind('.')) + name.substr(dot);
         }
         for (const auto& [off, on] : prefixes) {
@@ -74,6 +82,7 @@ struct module_match {
         return name;
     }
     std::vector<std::pair<std::string, std::string>> prefixes{}; ///< taken off, and put before
+    diffusion_names names{}; ///< those of the base, where it is a Stable Diffusion
 };
 
 namespace detail {
@@ -132,14 +141,50 @@ struct prefix_meaning {
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
 {
     constexpr std::string_view suffix = ".weight";
+    const std::string without_components = "names of components and processors left out",
+                      with_dots = "underscores read as the base's dots";
     module_match match;
-    std::vector<std::string> left;
+    std::vector<std::string> left, none; // to be matched, and those that certainly mean nothing
     const auto has = [&](const std::string& module) { return base.find(module + std::string(suffix)) != nullptr; };
+    const auto change = [&](const std::string& text) {
+        if (std::find(match.changes.begin(), match.changes.end(), text) == match.changes.end()) {
+            match.changes.push_back(text);
+        }
+    };
+    match.names = diffusion_names(base);
+    std::size_t translated = 0;
+    bool into_ldm = false;
     for (const auto& module : modules) {
-        if (has(module)) { match.tensors.emplace(module, module + std::string(suffix)); }
-        else {
+        if (has(module)) {
+            match.tensors.emplace(module, module + std::string(suffix));
+            continue;
+        }
+        auto meant = match.names.find(module, dialect);
+        if (meant.size() > 1) {
+            for (const auto& one : meant) { match.doubtful[module].push_back(one.tensor); }
+            none.push_back(module);
+            continue;
+        }
+        const bool named = !split_component(module, dialect).component.empty();
+        if (meant.empty() && match.names.decides(module, dialect)) { none.push_back(module); }
+        else if (meant.empty() || (!named && !meant[0].translated)) {
             left.push_back(module);
         }
+        else {
+            if (dialect == adapter_dialect::kohya) { change(with_dots); }
+            else if (named) {
+                change(without_components);
+            }
+            translated += meant[0].translated ? 1 : 0;
+            into_ldm = into_ldm || meant[0].single_file;
+            match.tensors.emplace(module, meant[0].tensor);
+            match.diffusion.emplace(module, std::move(meant[0]));
+        }
+    }
+    if (translated > 0) {
+        const auto count = message(translated, translated == 1 ? " name" : " names");
+        match.changes.push_back(into_ldm ? count + " of diffusers' translated to the base's, a single file's (LDM)"
+                                         : count + " of single files (LDM) translated to the base's, diffusers'");
     }
     if (dialect == adapter_dialect::kohya && !left.empty()) {
         std::vector<std::pair<std::string, std::string>> names; // with underscores, and the module's name
@@ -149,7 +194,6 @@ struct prefix_meaning {
             names.emplace_back(detail::with_underscores(module), module);
         }
         std::vector<std::string> still;
-        bool components = false;
         for (const auto& module : left) {
             const std::string key = detail::with_underscores(std::string(detail::without_component(module)));
             std::vector<std::string> whole, ending;
@@ -163,15 +207,15 @@ struct prefix_meaning {
             const auto& found = whole.empty() ? ending : whole;
             if (found.size() == 1) {
                 match.tensors.emplace(module, found[0] + std::string(suffix));
-                components = true;
+                change(with_dots);
             }
             else {
                 if (!found.empty()) { match.doubtful[module] = found; }
                 still.push_back(module);
             }
         }
-        if (components) { match.changes.emplace_back("underscores read as the base's dots"); }
         match.unmatched = std::move(still);
+        match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
         return match;
     }
     // diffusers: components, processors, and the list that to_out is
@@ -185,10 +229,7 @@ struct prefix_meaning {
         if (!has(name) && name.ends_with(".to_out") && has(name + ".0")) { name += ".0"; }
         if (name != module && has(name)) {
             match.tensors.emplace(module, name + std::string(suffix));
-            const std::string change = "names of components and processors left out";
-            if (std::find(match.changes.begin(), match.changes.end(), change) == match.changes.end()) {
-                match.changes.push_back(change);
-            }
+            change(without_components);
         }
         else {
             still.push_back(module);
@@ -254,6 +295,7 @@ struct prefix_meaning {
     }
     std::erase_if(match.doubtful, [&](const auto& one) { return match.tensors.contains(one.first); });
     match.unmatched = std::move(open);
+    match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
     return match;
 }
 
@@ -262,7 +304,8 @@ struct prefix_meaning {
 /// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; without the
 /// segments that wrappers put into the names of either (without_wrappers()); where dots are underscores by the one name
 /// that has them there; where a file names components (unet., text_encoder.) or diffusers' processors without these;
-/// and by prefixes that one of the two puts before its names, where they are the same for all: never by one that tells
+/// in a Stable Diffusion by the names of either kind, of the component that a name says (diffusion_names); and by
+/// prefixes that one of the two puts before its names, where they are the same for all: never by one that tells
 /// another layer or tower (encoder, decoder, vision) than what it stands for. Nothing is matched where two tensors
 /// would do, unless the prefixes of other modules decide.
 [[nodiscard]] inline module_match match_modules(
@@ -300,6 +343,11 @@ struct prefix_meaning {
     match.changes = found.changes;
     if (differ) { match.changes.emplace_back("segments of wrappers (_fsdp_wrapped_module, _orig_mod, …) left out"); }
     match.prefixes = found.prefixes;
+    match.names = found.names;
+    for (const auto& [plain, known] : found.diffusion) {
+        auto& there = match.diffusion[module_of.at(plain)] = known;
+        there.tensor = tensor_of.at(known.tensor);
+    }
     return match;
 }
 /// The same for the modules of an adapter, among them experts that are part of one parameter, whose tensors are the
@@ -680,7 +728,11 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
         }
         const std::string& tensor = match.tensors.at(module);
         const bool expert = !made.slice.parameter.empty();
-        const auto which = expert ? tensor + "[" + std::to_string(made.slice.index) + "]" : tensor;
+        const auto known = match.diffusion.find(module);
+        const auto diffusion = known == match.diffusion.end() ? diffusion_module() : known->second;
+        const auto which = expert  ? tensor + "[" + std::to_string(made.slice.index) + "]"
+            : diffusion.blocks > 1 ? tensor + "[" + std::to_string(diffusion.block) + "]"
+                                   : tensor;
         if (const auto [other, fresh] = taken.emplace(which, module); !fresh) {
             raise<invalid_argument>(error_code::tensor_unexpected,
                 message("modules '", other->second, "' and '", module, "' of ", adapter.label, " may both mean '",
@@ -696,12 +748,27 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
         detail::check_kernel(made, to, tensor, module, adapter.label);
         update_place place;
         place.magnitude = made.magnitude;
+        if (diffusion.blocks > 1) {
+            if (made.bias.rank() > 0) {
+                raise<invalid_argument>(error_code::tensor_missing,
+                    message("module '", module, "' of ", adapter.label, " has a bias of its own (lora_bias), and '",
+                        tensor, "' of ", traits.label,
+                        " is several modules' weight, whose biases are one tensor: fold it with PEFT, into the "
+                        "model as diffusers has it"));
+            }
+            place.slice = diffusion.block;
+            place.slices = diffusion.blocks;
+            place.row_blocks = true;
+            sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
+            continue;
+        }
         const auto [rows, columns] = adapted_model::sides(to.shape, to.size(tensor));
         const bool fits = rows == made.update.out() && columns == made.update.in(),
                    turned = to.shape.size() == 2 && rows == made.update.in() && columns == made.update.out();
         const bool head =
             tensor.ends_with("head.weight") || tensor.ends_with("wte.weight") || tensor.ends_with("wpe.weight");
-        place.transposed = made.embedding || (turned && (!fits || ((in_by_out || traits.conv1d) && !head)));
+        place.transposed =
+            made.embedding || diffusion.transposed || (turned && (!fits || ((in_by_out || traits.conv1d) && !head)));
         sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
         if (made.bias.rank() > 0) {
             const std::string bias = tensor.substr(0, tensor.size() - 6) + "bias";
