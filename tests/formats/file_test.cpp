@@ -396,6 +396,53 @@ TEST_CASE("a directory that is exchanged has its new files all at once, and keep
     CHECK(scratch::names_in(folder / "out") == std::set<std::string>{"a", "b", "inner", "kept"});
 }
 
+TEST_CASE("what a killed process of the same number left is in nobody's way")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "out");
+    const auto number = std::to_string(detail::system::process());
+    for (int i = 0; i < 200; ++i) { // more than this program has counted so far
+        std::filesystem::create_directory(folder / (".taskvec-" + number + "-directory-" + std::to_string(i) + ".tmp"));
+    }
+    const auto before = folder.names();
+    for (const auto* name : {"out", "new"}) {
+        output_directory out(folder / name, durability::process, existing_directory::exchange);
+        CHECK_FALSE(before.contains(out.path().filename().string()));
+        write_text_file(out.path() / "a", "a");
+        out.commit();
+        CHECK(slurp(folder / name / "a") == "a");
+    }
+    auto after = folder.names();
+    after.erase("new");
+    CHECK(after == before);
+}
+
+#if !defined(_WIN32)
+TEST_CASE("what is being written is known to be in use, and is not once it is finished or dropped")
+{
+    const scratch folder;
+    {
+        atomic_file file(folder / "a", 3);
+        CHECK(is_in_use(file.temporary()));
+        file.write(0, "abc", 3);
+        file.close_for_now();
+        file.open_again();
+        CHECK(is_in_use(file.temporary()));
+        file.commit();
+        CHECK_FALSE(is_in_use(folder / "a"));
+    }
+    std::filesystem::create_directory(folder / "old");
+    for (const auto* name : {"new", "old"}) {
+        output_directory out(folder / name, durability::process, existing_directory::exchange);
+        CHECK(is_in_use(out.path()));
+        out.commit();
+    }
+    CHECK_FALSE(is_in_use(folder / "new"));
+    CHECK_FALSE(is_in_use(folder / "old"));
+    CHECK_FALSE(is_in_use(folder / "missing"));
+}
+#endif
+
 TEST_CASE("one writer at a time has a directory; a dead one's lock is taken over")
 {
     const scratch folder;

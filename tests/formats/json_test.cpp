@@ -36,6 +36,18 @@ TEST_CASE("what is not strict JSON is a format_error that says where")
     }
 }
 
+TEST_CASE("an error does not repeat what is long")
+{
+    try {
+        (void)parse_json("{\"x\":" + std::string(5'000'000, '1') + "}", "f");
+        FAIL("accepted");
+    }
+    catch (const format_error& failure) {
+        CHECK(std::string(failure.what()).size() < 1000);
+        CHECK(std::string(failure.what()).find("111") != std::string::npos);
+    }
+}
+
 TEST_CASE("what stands in place of JSON is called what it is")
 {
     const std::string pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123456\n";

@@ -87,6 +87,21 @@ TEST_CASE("the worst patterns within the budget take moments")
     CHECK_FALSE(name_pattern("(a|(?=.*b)a)*c").occurs_in(name.substr(0, 1000)));
 }
 
+TEST_CASE("look-aheads take no longer than they may, however they are repeated")
+{
+    std::string pattern = "(?:";
+    for (int i = 0; i < 120; ++i) { pattern += "(?=.*q)"; }
+    pattern += ".)*";
+    const std::string name = std::string(4000, 'a') + ".q";
+    CHECK_THROWS_WITH_AS(
+        (void)name_pattern(pattern).matches(name), doctest::Contains("looks ahead too often"), invalid_argument);
+    CHECK_THROWS_AS((void)name_pattern(pattern).occurs_in(name), invalid_argument);
+    CHECK(name_pattern(pattern).matches("aq"));
+    CHECK_FALSE(name_pattern(pattern).matches("qa")); // nothing is ahead of the last one
+    CHECK(name_pattern("^(?!lm_head)(?!.*norm).*").matches("model.layers.31.mlp.down_proj.weight"));
+    CHECK_FALSE(name_pattern("^(?!lm_head)(?!.*norm).*").matches("model.norm.weight"));
+}
+
 TEST_CASE("a pattern occurs where a search would find it")
 {
     for (const char* pattern :

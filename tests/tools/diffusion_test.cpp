@@ -248,6 +248,7 @@ TEST_CASE("text encoders of a single file take their adapters, fused projections
         write_values(folder / "a.safetensors", tensors);
         auto arguments = fuse_it;
         arguments.back() = "no.safetensors";
+        arguments.emplace_back("--quiet");
         refused(folder, arguments, 1, words);
     };
     const auto pair = [](const std::string& stem, std::int64_t out, std::int64_t in) {
@@ -261,7 +262,7 @@ TEST_CASE("text encoders of a single file take their adapters, fused projections
     no(pair(two + "self_attn_q_proj", 12, 4), "its update in 'a.safetensors' is 12×4");
     const std::string bare = "text_model.encoder.layers.0.self_attn.q_proj";
     write_adapter_as(folder / "a", factors(bare, 4, 4, 5));
-    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1,
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors", "--quiet"}, 1,
         "may mean '" + clip_layer + "self_attn.q_proj.weight' or '" + open_block + "attn.in_proj_weight'");
     succeed(folder,
         {"fuse", "--base", "base.safetensors", "--adapter", "a", "--rename", "^text_model=text_encoder_2.text_model",
@@ -269,6 +270,6 @@ TEST_CASE("text encoders of a single file take their adapters, fused projections
     auto biased = factors("text_encoder_2." + bare, 4, 4, 5);
     biased["text_encoder_2." + bare + ".lora_B.bias"] = random_tensor({4}, 6);
     write_adapter_as(folder / "a", biased, {{"lora_bias", true}});
-    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1,
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors", "--quiet"}, 1,
         "is several modules' weight, whose biases are one tensor");
 }

@@ -12,6 +12,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
 
 using namespace tools_test;
 
@@ -363,6 +367,146 @@ TEST_CASE("memory that runs out, once or for good, leaves the old outputs or the
         wrong += tries.wrong("memory", calls, false) + tries.wrong("memory", calls, true);
         CHECK(wrong == "");
         if (all) { MESSAGE(verbs[v].front() << " " << verbs[v].back() << ": " << calls << " calls of the allocator"); }
+    }
+}
+
+namespace {
+
+/// The numbers of the calls of the system that a command line makes.
+long system_calls_of(const scratch& start, const std::vector<std::string>& arguments)
+{
+    const scratch folder;
+    std::filesystem::copy(start.path(), folder.path(), std::filesystem::copy_options::recursive);
+    const auto file = start.path().string() + ".count";
+    const auto done = run(folder, arguments,
+        {"TASKVEC_FAULT_KIND=system", "TASKVEC_FAULT_COUNT=" + file, std::string("LD_PRELOAD=") + TASKVEC_FAULT_SHIM});
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const long calls = std::stol(slurp(file));
+    std::filesystem::remove(file);
+    return calls;
+}
+
+/// Runs it with a command of the shell at each of some calls, from the same state, and look(outcome, folder) after
+/// each.
+template <class Look>
+void with_command_at_calls(const scratch& start, const std::vector<std::string>& arguments, const std::string& command,
+    long step, const Look& look)
+{
+    const long calls = system_calls_of(start, arguments);
+    CHECK(calls > 30);
+    for (long call = calls; call >= 1; call -= all_faults() ? 1 : step) {
+        CAPTURE(call);
+        const scratch folder;
+        std::filesystem::copy(start.path(), folder.path(), std::filesystem::copy_options::recursive);
+        look(run(folder, arguments,
+                 {"TASKVEC_FAULT_KIND=system", "TASKVEC_FAULT_AT=" + std::to_string(call),
+                     "TASKVEC_FAULT_RUN=" + command, std::string("LD_PRELOAD=") + TASKVEC_FAULT_SHIM}),
+            folder);
+    }
+}
+
+/// tokenizer.json of sixteen words, in order or from the last to the first.
+std::string sixteen_words(bool reversed)
+{
+    std::string words;
+    for (int i = 0; i < 16; ++i) {
+        words += (i ? "," : "") + ("\"t" + std::to_string(i)) + "\":" + std::to_string(reversed ? 15 - i : i);
+    }
+    return R"({"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{)" + words
+        + R"(},"unk_token":"t0"}})";
+}
+
+} // namespace
+
+TEST_CASE("configurations and tokenizers that change at any moment end in an error, or in one of the two results")
+{
+    scratch start;
+    std::mt19937 random(5);
+    std::normal_distribution<float> bell;
+    for (const std::string name : {"ma", "mb"}) {
+        std::filesystem::create_directory(start / name);
+        values_model model;
+        for (const auto* tensor : {"model.embed_tokens.weight", "lm_head.weight"}) {
+            auto& made = model[tensor] = {taskvec::dtype::f32, {16, 3}, std::vector<float>(48)};
+            for (auto& value : made.values) { value = bell(random); }
+        }
+        write_values(start / (name + "/model.safetensors"), model);
+        spill(start / (name + "/config.json"), R"({"model_type":"llama","vocab_size":16,"who":")" + name + "\"}");
+        spill(start / (name + "/tokenizer.json"), sixteen_words(false));
+    }
+    spill(start / "tokenizer.json", sixteen_words(true));
+    const std::vector<std::string> merge{"merge", "--method", "average", "--task", "ma", "--task", "mb", "--vocabulary",
+        "union", "--no-card", "--quiet", "--threads", "1", "--out", "new"};
+    const std::string change =
+        "cp tokenizer.json ma/tokenizer.json; echo '{\"model_type\":\"llama\",\"vocab_size\":16}' "
+        ">ma/config.json";
+    std::vector<fault_tree> right;
+    for (const auto* before : {"true", change.c_str()}) {
+        const scratch folder;
+        std::filesystem::copy(start.path(), folder.path(), std::filesystem::copy_options::recursive);
+        REQUIRE(std::system(("cd '" + folder.path().string() + "' && " + before).c_str()) == 0);
+        REQUIRE(run(folder, merge).code == 0);
+        right.push_back(fault_tree_of(folder / "new"));
+    }
+    REQUIRE(right[0] != right[1]);
+    int refused = 0;
+    with_command_at_calls(start, merge, change, 4, [&](const outcome& done, const scratch& folder) {
+        CAPTURE(done.err);
+        if (done.code != 0) {
+            ++refused;
+            CHECK(done.code == 1);
+            CHECK(is_error_line(done.err));
+            CHECK_FALSE(std::filesystem::exists(folder / "new"));
+            return;
+        }
+        const auto now = fault_tree_of(folder / "new");
+        CHECK((now == right[0] || now == right[1]));
+    });
+    CHECK(refused > 0);
+}
+
+TEST_CASE("what others put into a directory while its files are replaced stays there")
+{
+    scratch start;
+    write_fault_inputs(start);
+    const std::vector<std::string> merge{"merge", "--method", "average", "--task", "model", "--task", "a.safetensors",
+        "--threads", "1", "--out", "directory"};
+    with_command_at_calls(
+        start, merge, "echo mine > directory/notes.txt", 3, [&](const outcome& done, const scratch& folder) {
+            CHECK_MESSAGE(done.code == 0, done.err);
+            CHECK(slurp(folder / "directory/notes.txt") == "mine\n");
+        });
+}
+
+TEST_CASE("the last allocation that fails leaves a report that is new, once it is said that all is done")
+{
+    scratch start;
+    write_fault_inputs(start);
+    std::filesystem::remove(start / "report.json");
+    const std::vector<std::string> merge{"merge", "--method", "average", "--task", "model", "--task", "a.safetensors",
+        "--threads", "1", "--out", "out.safetensors", "--report", "report.json"};
+    const auto file = start.path().string() + ".count";
+    const auto attempt = [&](const scratch& folder, std::vector<std::string> environment) {
+        std::filesystem::copy(start.path(), folder.path(), std::filesystem::copy_options::recursive);
+        environment.emplace_back("TASKVEC_FAULT_KIND=memory");
+        environment.push_back(std::string("LD_PRELOAD=") + TASKVEC_FAULT_SHIM);
+        return run(folder, merge, environment);
+    };
+    {
+        const scratch folder;
+        REQUIRE(attempt(folder, {"TASKVEC_FAULT_COUNT=" + file}).code == 0);
+    }
+    const long calls = std::stol(slurp(file));
+    std::filesystem::remove(file);
+    for (long call = calls - 6; call <= calls + 1; ++call) {
+        for (const bool on : {false, true}) {
+            CAPTURE(call);
+            const scratch folder;
+            std::vector<std::string> environment{"TASKVEC_FAULT_AT=" + std::to_string(call)};
+            if (on) { environment.emplace_back("TASKVEC_FAULT_ON=1"); }
+            const auto done = attempt(folder, environment);
+            CHECK(std::filesystem::exists(folder / "report.json") == (done.code == 0));
+        }
     }
 }
 

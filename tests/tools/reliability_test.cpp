@@ -140,6 +140,96 @@ TEST_CASE("clean removes what dead runs left, and nothing else")
     CHECK(run(folder, {"clean", "missing"}).code == 1);
 }
 
+TEST_CASE("clean leaves what somebody has locked, in whichever container its process is")
+{
+    const scratch folder;
+    const pid_t child = ::fork();
+    if (child == 0) { ::_exit(0); }
+    ::waitpid(child, nullptr, 0);
+    const auto name = ".taskvec-" + std::to_string(child) + "-0.tmp";
+    spill(folder / name, "x");
+    {
+        const taskvec::detail::descriptor held(taskvec::detail::system::open_to_read(folder / name));
+        REQUIRE(taskvec::detail::system::lock(held.get()) == 0);
+        CHECK(run(folder, {"clean", "."}).out == "nothing of a dead run lies in '.'\n");
+        CHECK(folder.names().contains(name));
+    }
+    CHECK(run(folder, {"clean", "."}).out == "removed './" + name + "'\n");
+    CHECK(folder.names().empty());
+}
+
+TEST_CASE("help, versions and pages that cannot be written are failures")
+{
+    const scratch folder;
+    for (const std::string words : {"--help", "--version", "merge --help", "help run", "manual merge"}) {
+        CAPTURE(words);
+        for (const std::string to : {" >/dev/full", " >&-"}) {
+            const auto result = run_in_shell(folder, "$TOOL " + words + to);
+            CHECK(result.code == 1);
+            CHECK(result.err.find("cannot write to standard output") != std::string::npos);
+        }
+    }
+    CHECK(run_in_shell(folder, "$TOOL manual --out pages >/dev/full").code == 1);
+    CHECK(scratch::names_in(folder / "pages").empty());
+    CHECK(run(folder, {"manual", "--out", "pages"}).code == 0);
+    CHECK(scratch::names_in(folder / "pages").contains("taskvec-merge.1"));
+}
+
+TEST_CASE("the advice to clean is a line for the shell, whatever the directory is called")
+{
+    const scratch folder;
+    write_inputs(folder);
+    const pid_t child = ::fork();
+    if (child == 0) { ::_exit(0); }
+    ::waitpid(child, nullptr, 0);
+    for (const std::string name : {"my models", "it's", "plain"}) {
+        std::filesystem::create_directory(folder / name);
+        const auto left = folder / name / (".taskvec-" + std::to_string(child) + "-0.tmp");
+        spill(left, "x");
+        const auto said = run(folder,
+            {"merge", "--method", "average", "--task", "a.safetensors", "--task", "base.safetensors", "--out",
+                name + "/o"})
+                              .err;
+        const std::string before = "killed runs: 'taskvec clean ", after = "' removes what they left";
+        const auto begin = said.find(before) + before.size(), end = said.find(after);
+        REQUIRE(end != std::string::npos);
+        CHECK(run_in_shell(folder, "$TOOL clean " + said.substr(begin, end - begin)).code == 0);
+        CHECK_FALSE(std::filesystem::exists(left));
+    }
+}
+
+TEST_CASE("a second signal ends at once: one line, nothing left")
+{
+    const scratch folder;
+    write_inputs(folder);
+    // A score that is never done: the first signal waits for it.
+    process tool(folder,
+        {"sweep", "--base", "base.safetensors", "--task", "a.safetensors", "--lambdas", "0.5,1", "--scratch", ".",
+            "--score", "trap '' HUP; touch began; sleep 3; echo 1 {}", "--out", "o"});
+    while (!std::filesystem::exists(folder / "began") && !tool.ended()) { ::usleep(2000); }
+    tool.send(SIGHUP);
+    ::usleep(1000);
+    tool.send(SIGHUP);
+    const auto result = tool.wait();
+    CHECK(result.code == 1);
+    CHECK(result.err.starts_with("taskvec: error: interrupted; "));
+    CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
+    for (const auto& name : folder.names()) { CHECK_FALSE(name.starts_with(".taskvec-")); }
+}
+
+TEST_CASE("an interrupted sweep says what it keeps")
+{
+    const scratch folder;
+    write_inputs(folder);
+    const auto result = run(folder,
+        {"sweep", "--base", "base.safetensors", "--task", "a.safetensors", "--lambdas", "0.1,0.5,1", "--csv", "s.csv",
+            "--score", "case $TASKVEC_LAMBDA in 0.5) kill -INT $PPID; sleep 1;; esac; echo 1 {}", "--out", "o"});
+    CHECK(result.code == 1);
+    CHECK(result.err
+        == "taskvec: error: interrupted; 's.csv' holds 1 score, and the same command line goes on from there\n");
+    CHECK_FALSE(std::filesystem::exists(folder / "o"));
+}
+
 TEST_CASE("what killed runs left beside an output is noted, with what removes it")
 {
     const scratch folder;

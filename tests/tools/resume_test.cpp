@@ -90,6 +90,26 @@ TEST_CASE("a merge that ended too early goes on from the shards that it had fini
     }
 }
 
+TEST_CASE("a merge that was killed once its model had its name is only cleared up")
+{
+    const resumable m;
+    const auto line = m.merge("ties");
+    CHECK(run(m.folder, with(line, {"--out", "bad", "--resume", "work"})).code == 1); // all shards are finished
+    REQUIRE(run(m.folder, with(line, {"--out", "out"})).code == 0);
+    const auto right = files_of(m.folder / "out");
+    for (int i = 1; i <= 5; ++i) { // as the kept shards take their names
+        const auto number = std::to_string(i);
+        const auto place = m.folder / ("out/model-0000" + number + "-of-00005.safetensors");
+        REQUIRE(std::filesystem::remove(place));
+        std::filesystem::create_hard_link(m.folder / ("work/shard-" + number + "-of-5.safetensors"), place);
+    }
+    const auto done = run(m.folder, with(line, {"--out", "out", "--resume", "work"}));
+    CHECK(done.code == 0);
+    CHECK(done.out == "'out' was finished by an earlier run\n");
+    CHECK(files_of(m.folder / "out") == right);
+    CHECK_FALSE(std::filesystem::exists(m.folder / "work"));
+}
+
 TEST_CASE("--resume refuses what another command line began, and what it cannot keep")
 {
     const resumable m;

@@ -1,15 +1,16 @@
 // Loaded before the C library (LD_PRELOAD): one call of the system or of the allocator fails, by its number.
+// SPDX-License-Identifier: Apache-2.0
 //
 //     TASKVEC_FAULT_KIND    system or memory
 //     TASKVEC_FAULT_AT      the number of the call that fails, from 1; 0: none does
 //     TASKVEC_FAULT_ON      set: all calls from that number on fail
+//     TASKVEC_FAULT_RUN     a command for the shell that is run at that call of the system instead, which does not fail
 //     TASKVEC_FAULT_NO_EXCHANGE   set: directories cannot be exchanged, as on some file systems
 //     TASKVEC_FAULT_COUNT   a file that gets the number of calls, for whoever wants to try each
 //     TASKVEC_FAULT_TRACE   a directory that gets a list, `calls`, of all that changes files and directories, and under
 //                           their numbers there what files hold when they are forced to disk
 //
 // Calls that only undo (unlink, rmdir, close, munmap) never fail: nothing could be said of what they leave.
-// SPDX-License-Identifier: Apache-2.0
 #include <atomic>
 #include <cerrno>
 #include <cstdarg>
@@ -23,6 +24,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 extern "C" {
@@ -38,6 +40,7 @@ enum class fault : int { none, system, memory };
 fault kind = fault::none;
 long failing = 0;
 bool from_then_on = false;
+const char* run_instead = nullptr;
 std::atomic<long> calls{0};
 
 /// Before the constructors of the libraries that allocate.
@@ -47,6 +50,7 @@ std::atomic<long> calls{0};
     const char* const at = std::getenv("TASKVEC_FAULT_AT");
     failing = at ? std::atol(at) : 0;
     from_then_on = std::getenv("TASKVEC_FAULT_ON") != nullptr;
+    run_instead = std::getenv("TASKVEC_FAULT_RUN");
     kind = !which ? fault::none : *which == 's' ? fault::system : fault::memory;
 }
 
@@ -62,11 +66,28 @@ std::atomic<long> calls{0};
     (void)::syscall(SYS_close, file);
 }
 
+/// What another process does meanwhile.
+void run_command()
+{
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ::unsetenv("LD_PRELOAD");
+        ::execl("/bin/sh", "sh", "-c", run_instead, static_cast<char*>(nullptr));
+        ::_exit(127);
+    }
+    int status = 0;
+    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) { }
+}
+
 bool fails(fault here, int code)
 {
     if (kind != here) { return false; }
     const long number = calls.fetch_add(1) + 1;
     if (failing == 0 || number < failing || (number > failing && !from_then_on)) { return false; }
+    if (run_instead) {
+        run_command();
+        return false;
+    }
     errno = code;
     return true;
 }
