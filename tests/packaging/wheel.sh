@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # pyproject.toml: what it says fits the project, and what CMake installs for it is the command and its pages alone. Nothing is compiled:
-# an empty program stands for the tool. wheel.sh PYTHON CMAKE NINJA COMPILER VERSION
+# an empty program stands for the tool. What it cannot be built without is an error, not a wheel without a command. wheel.sh PYTHON CMAKE NINJA COMPILER VERSION
 set -eu
 python=$1 cmake=$2 ninja=$3 compiler=$4 version=$5
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -35,12 +35,26 @@ for name, value in project["tool"]["scikit-build"]["cmake"]["define"].items():
     print(f"-D{name}={value}")
 END
 
-configure() {
+configure() { # ARGUMENT...
     "$cmake" -S "$root" -B "$work/built" -G Ninja -DCMAKE_MAKE_PROGRAM="$ninja" -DCMAKE_CXX_COMPILER="$compiler" $(cat "$work/defines") \
-        -DSKBUILD=2 -DSKBUILD_SCRIPTS_DIR="$work/wheel/scripts" -DSKBUILD_DATA_DIR="$work/wheel/data" > "$work/said.txt" 2>&1
+        -DSKBUILD=2 -DSKBUILD_SCRIPTS_DIR="$work/wheel/scripts" -DSKBUILD_DATA_DIR="$work/wheel/data" "$@" > "$work/said.txt" 2>&1
 }
+# refuses SENTENCE ARGUMENT...
+refuses() {
+    sentence=$1
+    shift
+    if configure "$@"; then fail "a wheel is made with $*"; fi
+    tr -s ' \n' '  ' < "$work/said.txt" | grep -qF "$sentence" || { cat "$work/said.txt"; fail "'$sentence' is not said with $*"; }
+    [ "$(grep -c 'CMake Error' "$work/said.txt")" = 1 ] || { cat "$work/said.txt"; fail "more than one error with $*"; }
+    rm -rf "$work/built"
+}
+needs='the command line tool cannot be built: it needs CLI11 and nlohmann_json (Debian: libcli11-dev nlohmann-json3-dev)'
+refuses "$needs" -DCMAKE_DISABLE_FIND_PACKAGE_CLI11=ON
+refuses "$needs" -DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=ON
+refuses "'taskvec run' cannot be built: it needs yaml-cpp's libyaml-cpp.a (Debian: libyaml-cpp-dev)" -DCMAKE_DISABLE_FIND_PACKAGE_yaml-cpp=ON
 configure || {
     grep -q 'static C and C++ libraries' "$work/said.txt" && { echo "skipped: no program without shared libraries can be linked here"; exit 77; }
+    grep -q 'libyaml-cpp.a' "$work/said.txt" && { echo "skipped: there is no libyaml-cpp.a here"; exit 77; }
     cat "$work/said.txt"
     exit 1
 }
