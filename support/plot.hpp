@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -92,6 +94,116 @@ inline std::string fixed_text(double value, int decimals)
                                                                                                            : buffer;
 }
 
+/// How many letters a text shows.
+inline std::size_t letters(std::string_view text)
+{
+    return static_cast<std::size_t>(std::count_if(
+        text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; }));
+}
+
+/// A text of at most so many letters: a longer one has an ellipsis for its middle.
+inline std::string shortened(std::string_view text, std::size_t most)
+{
+    const std::size_t all = letters(text);
+    if (all <= most) { return std::string(text); }
+    const std::size_t first = most / 2, last = all - (most - first - 1); // letters before and behind the ellipsis
+    std::string result;
+    std::size_t letter = 0;
+    for (std::size_t at = 0; at < text.size();) {
+        std::size_t next = at + 1;
+        while (next < text.size() && (static_cast<unsigned char>(text[next]) & 0xc0u) == 0x80u) { ++next; }
+        if (letter < first || letter >= last) { result.append(text, at, next - at); }
+        else if (letter == first) {
+            result += "…";
+        }
+        ++letter;
+        at = next;
+    }
+    return result;
+}
+
+/// Labels that a picture has room for, shortened no further than leaves them different.
+inline std::vector<std::string> short_labels(const std::vector<std::string>& labels)
+{
+    const auto different = [](std::vector<std::string> list) {
+        std::sort(list.begin(), list.end());
+        return std::unique(list.begin(), list.end()) - list.begin();
+    };
+    std::size_t longest = 0;
+    for (const auto& label : labels) { longest = std::max(longest, letters(label)); }
+    std::vector<std::string> result = labels;
+    for (std::size_t most = 28; most < longest; most *= 2) {
+        for (std::size_t i = 0; i < labels.size(); ++i) { result[i] = shortened(labels[i], most); }
+        if (different(result) == different(labels)) { return result; }
+    }
+    return labels;
+}
+
+/// Okabe and Ito's colours, which colour-blind readers tell apart, by what each stands for wherever it is drawn.
+struct label_colour {
+    const char *label, *colour;
+};
+inline constexpr label_colour label_colours[] = {{"task-arithmetic", "#0072b2"}, {"ties", "#d55e00"},
+    {"lorahub", "#009e73"}, {"peru", "#cc79a7"}, {"post-pruning", "#e69f00"}, {"average", "#56b4e9"},
+    {"single-task", "#000000"}, {"pre-trained", "#8c8c8c"}};
+
+/// The colour of each curve. It follows from the label, not from the place in the chart, so that a method has one
+/// colour in all of them: its own, or one that is chosen by the letters of the label. One that is taken gives way to
+/// the next.
+inline std::vector<const char*> colours_of(const std::vector<curve>& curves)
+{
+    constexpr std::size_t count = std::size(label_colours);
+    std::vector<const char*> result(curves.size());
+    std::vector<bool> taken(count);
+    for (const bool named : {true, false}) { // what has a colour of its own comes first
+        for (std::size_t c = 0; c < curves.size(); ++c) {
+            std::string label;
+            std::uint32_t hash = 2166136261u; // FNV-1a
+            for (const char letter : curves[c].label) {
+                label += letter == ' ' || letter == '_' ? '-'
+                    : 'A' <= letter && letter <= 'Z'    ? static_cast<char>(letter + 32)
+                                                        : letter;
+                hash = (hash ^ static_cast<unsigned char>(label.back())) * 16777619u;
+            }
+            const auto own =
+                static_cast<std::size_t>(std::find_if(std::begin(label_colours), std::end(label_colours),
+                                             [&](const label_colour& one) { return label.starts_with(one.label); })
+                    - std::begin(label_colours));
+            if (named != (own < count)) { continue; }
+            std::size_t place = named ? own : hash % count;
+            if (std::find(taken.begin(), taken.end(), false) == taken.end()) { taken.assign(count, false); }
+            while (taken[place]) { place = (place + 1) % count; }
+            taken[place] = true;
+            result[c] = label_colours[place].colour;
+        }
+    }
+    return result;
+}
+
+/// The picture's title is the chart's; those that gnuplot gives to it and to its parts say nothing.
+inline std::string with_title(const std::string& svg, std::string_view title)
+{
+    std::string own = "<title>", result;
+    for (const char c : title) {
+        if (c == '&') { own += "&amp;"; }
+        else if (c == '<') {
+            own += "&lt;";
+        }
+        else {
+            own += static_cast<unsigned char>(c) < 0x20u ? ' ' : c;
+        }
+    }
+    own += "</title>";
+    std::size_t at = 0;
+    for (std::size_t begin; (begin = svg.find("<title>", at)) != std::string::npos; own.clear()) {
+        const std::size_t end = svg.find("</title>", begin);
+        if (end == std::string::npos) { break; }
+        result.append(svg, at, begin - at).append(own);
+        at = end + 8;
+    }
+    return result.append(svg, at);
+}
+
 /// Gives each stroke of a dashed path an element of its own: gnuplot joins a line and its sample in the key into one
 /// path, which some converters (ImageMagick's own) then draw with a stroke between the two.
 inline std::string separate_paths(const std::string& svg)
@@ -115,8 +227,8 @@ inline std::string separate_paths(const std::string& svg)
     return result.append(svg, at);
 }
 
-/// Runs gnuplot on a script and gives back what it draws.
-inline std::string run_gnuplot(const std::string& script, const std::filesystem::path& target)
+/// Runs gnuplot on a script and gives back what it draws, under that title.
+inline std::string run_gnuplot(const std::string& script, std::string_view title, const std::filesystem::path& target)
 {
     using file = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
     const file input(std::tmpfile(), &std::fclose), output(std::tmpfile(), &std::fclose),
@@ -171,7 +283,7 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
         taskvec::raise<taskvec::io_error>(
             taskvec::error_code::program_failed, "gnuplot failed: " + said, target.string());
     }
-    return separate_paths(svg);
+    return with_title(separate_paths(svg), title);
 }
 
 inline std::string terminal(unsigned width, unsigned height)
@@ -190,9 +302,10 @@ inline std::string terminal(unsigned width, unsigned height)
     if (chart.curves.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::inputs_empty, "a chart without curves");
     }
-    // Okabe and Ito's colours, which colour-blind readers tell apart.
-    static constexpr const char* colours[] = {
-        "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c"};
+    const auto colours = colours_of(chart.curves);
+    std::vector<std::string> labels;
+    for (const auto& one : chart.curves) { labels.push_back(one.label); }
+    labels = short_labels(labels);
     std::string script = terminal(chart.width, chart.height);
     script += "set title " + literal(chart.title) + " font ',16'\nset xlabel " + literal(chart.x_label)
         + "\nset ylabel " + literal(chart.y_label) + "\n";
@@ -227,10 +340,10 @@ inline std::string terminal(unsigned width, unsigned height)
             + (!line.line        ? "points"
                     : line.marks ? "linespoints"
                                  : "lines")
-            + " lw 2 lc rgb '" + colours[c % std::size(colours)] + "'" + (line.dashed && line.line ? " dt (8,6)" : "")
-            + (line.marks || !line.line ? " pt 7 ps 0.5" : "") + " title " + literal(line.label);
+            + " lw 2 lc rgb '" + colours[c] + "'" + (line.dashed && line.line ? " dt (8,6)" : "")
+            + (line.marks || !line.line ? " pt 7 ps 0.5" : "") + " title " + literal(labels[c]);
     }
-    return run_gnuplot(script + plots + "\n", path);
+    return run_gnuplot(script + plots + "\n", chart.title, path);
 }
 
 /// A heat map as SVG. Throws like the line chart.
@@ -242,14 +355,11 @@ inline std::string terminal(unsigned width, unsigned height)
             taskvec::error_code::list_length, "a heat map needs one label for each of its rows");
     }
     std::size_t longest_row = 4, longest_column = 4;
-    const auto letters = [](const std::string& text) {
-        return static_cast<std::size_t>(
-            std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));
-    };
-    for (const auto& label : map.rows) { longest_row = std::max(longest_row, letters(label)); }
-    for (const auto& label : map.columns) { longest_column = std::max(longest_column, letters(label)); }
-    // Margins in pixels, from the labels' lengths: letters of about 8 pixels, column labels at 45 degrees.
-    const std::size_t cell = 56, left = 8 * longest_row + (map.y_label.empty() ? 24 : 56), right = 96, top = 64,
+    const auto rows = short_labels(map.rows), columns = short_labels(map.columns);
+    for (const auto& label : rows) { longest_row = std::max(longest_row, letters(label)); }
+    for (const auto& label : columns) { longest_column = std::max(longest_column, letters(label)); }
+    // Margins in pixels, from the labels' lengths: letters of 8 to 9 pixels, column labels at 45 degrees.
+    const std::size_t cell = 56, left = 9 * longest_row + (map.y_label.empty() ? 24 : 56), right = 96, top = 64,
                       bottom = 6 * longest_column + (map.x_label.empty() ? 40 : 64);
     const std::size_t width =
                           std::max<std::size_t>(left + right + cell * map.columns.size(), 8 * letters(map.title) + 60),
@@ -261,6 +371,10 @@ inline std::string terminal(unsigned width, unsigned height)
     script += "set lmargin at screen " + share(left, width) + "\nset rmargin at screen "
         + share(left + cell * map.columns.size(), width) + "\nset tmargin at screen " + share(height - top, height)
         + "\nset bmargin at screen " + share(bottom, height) + "\n";
+    // The colour bar has one width and distance, however many cells there are.
+    script += "set colorbox vertical user origin screen " + share(left + cell * map.columns.size() + 16, width) + ","
+        + share(bottom, height) + " size screen " + share(20, width) + "," + share(cell * map.rows.size(), height)
+        + "\n";
     script += "set title " + literal(map.title) + " font ',16'\nunset key\nset border 0\nset tics scale 0\n";
     script += map.diverging ? "set palette defined (0 '#2166ac', 1 '#92c5de', 2 '#f7f7f7', 3 '#f4a582', 4 '#b2182b')\n"
                             : "set palette defined (0 '#f7fbff', 1 '#c6dbef', 2 '#6baed6', 3 '#2171b5', 4 '#08306b')\n";
@@ -277,9 +391,9 @@ inline std::string terminal(unsigned width, unsigned height)
         }
         return text + ")";
     };
-    script += "set xtics " + ticks(map.columns) + " rotate by 45 right\nset ytics " + ticks(map.rows) + "\n";
+    script += "set xtics " + ticks(columns) + " rotate by 45 right\nset ytics " + ticks(rows) + "\n";
     if (map.box) {
-        const auto edge = [](std::size_t cell, double side) { return number_text(static_cast<double>(cell) + side); };
+        const auto edge = [](std::size_t index, double side) { return number_text(static_cast<double>(index) + side); };
         script += "set object 2 rect from " + edge(map.box->first_column, -0.5) + "," + edge(map.box->first_row, -0.5)
             + " to " + edge(map.box->last_column, 0.5) + "," + edge(map.box->last_row, 0.5)
             + " front fs empty border rgb '#d00000' lw 3\n";
@@ -305,7 +419,7 @@ inline std::string terminal(unsigned width, unsigned height)
     script += "EOD\nset style fill solid noborder\nplot $cells using 1:2:($1-0.5):($1+0.5):($2-0.5):($2+0.5):3 with "
               "boxxyerror lc palette, $cells using "
               "1:2:4:5 with labels tc rgb variable font ',13'\n";
-    return run_gnuplot(script, path);
+    return run_gnuplot(script, map.title, path);
 }
 
 /// Draws a chart or a heat map into a file. Throws like svg_of().

@@ -92,6 +92,36 @@ TEST_CASE("similarity draws the matrix where gnuplot is, and says what to instal
     CHECK(svg.find("</svg>") != std::string::npos);
     CHECK(svg.find("b,\"q\"") != std::string::npos);
     CHECK(svg.find("1.00") != std::string::npos);
+    // One title, and none in gnuplot's words.
+    const auto title = svg.find("<title>Cosine of task vectors</title>");
+    REQUIRE(title != std::string::npos);
+    CHECK(svg.find("<title>") == title);
+    CHECK(svg.rfind("<title>") == title);
+
+    // Many tasks: the colour bar's numbers stand in the picture. A long name loses its middle, and takes no more room
+    // than that.
+    std::vector<std::string> many{"similarity", "--base", "base.safetensors", "--svg", "many.svg"};
+    const std::string start(40, 'x'), end(40, 'y');
+    for (int i = 0; i < 28; ++i) {
+        const auto name = (i == 5 ? start + end : "task" + std::to_string(i)) + ".safetensors";
+        write_values(m.folder / name, m.tasks[0]);
+        many.insert(many.end(), {"--task", name});
+    }
+    REQUIRE(run(m.folder, many).code == 0);
+    const auto drawn = slurp(m.folder / "many.svg");
+    const auto view = drawn.find("viewBox=\"0 0 ");
+    REQUIRE(view != std::string::npos);
+    const double width = std::stod(drawn.substr(view + 13));
+    CHECK(width < 28 * 56 + 9 * 28 + 24 + 96 + 1);
+    for (const char* number : {">-0.5</text>", "> 0.5</text>"}) {
+        const auto text = drawn.find(number);
+        REQUIRE(text != std::string::npos);
+        const double x = std::stod(drawn.substr(drawn.rfind("translate(", text) + 10));
+        CHECK(x > width - 70);
+        CHECK(x < width - 30);
+    }
+    CHECK(drawn.find(">" + start.substr(0, 14) + "…" + end.substr(0, 13) + "<") != std::string::npos);
+    CHECK(drawn.find(start) == std::string::npos);
 }
 
 TEST_CASE("similarity refuses bad input")

@@ -160,6 +160,16 @@ TEST_CASE("density × lambda, and subsets")
             == std::stod(m.score_of({"--method", "task-arithmetic", "--lambda", "0.3"}, tasks[i])));
     }
     CHECK(slurp(m.folder / "subsets.svg").find("</svg>") != std::string::npos);
+    // A method has its colour, wherever it is drawn, and a curve of something else another.
+    REQUIRE(m.sweep(digest, {"--lambdas", "0.1,0.3", "--svg", "first.svg"}).code == 0);
+    REQUIRE(
+        m.sweep(digest, {"--method", "ties", "--densities", "0.5", "--lambdas", "0.1,0.3", "--svg", "second.svg"}).code
+        == 0);
+    const std::string of_task_arithmetic = "rgb(  0, 114, 178)", of_half = "rgb(140, 140, 140)";
+    CHECK(slurp(m.folder / "first.svg").find(of_task_arithmetic) != std::string::npos);
+    CHECK(slurp(m.folder / "first.svg").find(of_half) == std::string::npos);
+    CHECK(slurp(m.folder / "second.svg").find(of_half) != std::string::npos);
+    CHECK(slurp(m.folder / "second.svg").find(of_task_arithmetic) == std::string::npos);
     REQUIRE(m.sweep(digest, {"--method", "average", "--subsets", "--smallest", "3", "--csv", "average.csv"}).code == 0);
     CHECK(m.table("average.csv").size() == 2);
     CHECK(m.table("average.csv")[1].starts_with("a+b+c,"));
