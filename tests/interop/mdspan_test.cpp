@@ -9,9 +9,13 @@
 #include <string>
 #include <vector>
 
-#if !defined(__cpp_lib_mdspan) && __has_include(<experimental/mdspan>)
+#if __has_include(<experimental/mdspan>)
 #include <experimental/mdspan>
 #define TASKVEC_TEST_EXPERIMENTAL_MDSPAN 1
+#endif
+#if defined(TASKVEC_TEST_CUDA_MDSPAN)
+#include <cuda/std/array>
+#include <cuda/std/mdspan>
 #endif
 
 using namespace taskvec;
@@ -89,23 +93,37 @@ TEST_CASE("other layouts are refused with a sentence")
     CHECK_THROWS_AS((void)as_view(strided<float>{numbers.data(), {3, 1}, {2, 1}}), invalid_argument);
 }
 
-#if defined(__cpp_lib_mdspan) || defined(TASKVEC_TEST_EXPERIMENTAL_MDSPAN)
-#if defined(__cpp_lib_mdspan)
-namespace real = std;
-#else
-namespace real = std::experimental;
-#endif
+// A real span, of the standard library (or, where it has none, of tests/interop/standin), of Kokkos, or of CUDA.
+#define TASKVEC_TEST_SPANS(name, real)                                                                                 \
+    TEST_CASE("spans of " name " are viewed in place")                                                                 \
+    {                                                                                                                  \
+        std::vector<float> numbers{0, 1, 2, 3, 4, 5};                                                                  \
+        using two = real::dextents<int, 2>;                                                                            \
+        const real::mdspan<float, two> span(numbers.data(), 2, 3);                                                     \
+        CHECK(as_view(span).data() == numbers.data());                                                                 \
+        CHECK(as_view(span).size() == 6);                                                                              \
+        CHECK(as_tensor(span).shape == extents{2, 3});                                                                 \
+        using strided_mapping = real::layout_stride::mapping<two>;                                                     \
+        const real::mdspan<float, two, real::layout_stride> run(                                                       \
+            numbers.data(), strided_mapping(two(2, 3), real::array<int, 2>{3, 1}));                                    \
+        CHECK(as_view(run).size() == 6);                                                                               \
+        const real::mdspan<float, two, real::layout_stride> holes(                                                     \
+            numbers.data(), strided_mapping(two(2, 2), real::array<int, 2>{3, 1}));                                    \
+        CHECK_THROWS_AS((void)as_view(holes), invalid_argument);                                                       \
+        const real::mdspan<float, real::dextents<int, 1>, real::layout_left> line(numbers.data(), 6);                  \
+        CHECK(as_view(line).size() == 6);                                                                              \
+    }
 
-TEST_CASE("the library's own mdspan is viewed in place")
-{
-    std::vector<float> numbers{0, 1, 2, 3, 4, 5};
-    const real::mdspan<float, real::dextents<int, 2>> span(numbers.data(), 2, 3);
-    CHECK(as_view(span).data() == numbers.data());
-    CHECK(as_view(span).size() == 6);
-    CHECK(as_tensor(span).shape == extents{2, 3});
-    const real::layout_stride::mapping<real::dextents<int, 2>> mapping(
-        real::dextents<int, 2>(2, 2), std::array<int, 2>{3, 1});
-    const real::mdspan<float, real::dextents<int, 2>, real::layout_stride> holes(numbers.data(), mapping);
-    CHECK_THROWS_AS((void)as_view(holes), invalid_argument);
-}
+#if defined(__cpp_lib_mdspan)
+TASKVEC_TEST_SPANS("the standard library", std)
+#endif
+#if defined(TASKVEC_TEST_EXPERIMENTAL_MDSPAN)
+namespace kokkos {
+using namespace std::experimental;
+using std::array;
+} // namespace kokkos
+TASKVEC_TEST_SPANS("Kokkos", kokkos)
+#endif
+#if defined(TASKVEC_TEST_CUDA_MDSPAN)
+TASKVEC_TEST_SPANS("CUDA", cuda::std)
 #endif
