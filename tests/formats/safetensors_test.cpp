@@ -3,6 +3,7 @@
 #include <taskvec/core/random.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
+#include "../skip.hpp"
 #include "scratch.hpp"
 
 #include <doctest/doctest.h>
@@ -377,3 +378,10 @@ TEST_CASE("files damaged at random either parse or are refused by an error")
     CHECK(parsed > 20); // the damage is not so heavy that only the first check is ever reached
     CHECK(parsed < 19'000);
 }
+
+#if defined(_WIN32)
+TEST_CASE("what is of POSIX alone")
+{
+    testing::skip("a writer that is killed at any moment: Windows has no fork");
+}
+#endif

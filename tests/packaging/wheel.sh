@@ -51,6 +51,7 @@ refuses() {
 needs='the command line tool cannot be built: it needs CLI11 and nlohmann_json (Debian: libcli11-dev nlohmann-json3-dev)'
 refuses "$needs" -DCMAKE_DISABLE_FIND_PACKAGE_CLI11=ON
 refuses "$needs" -DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=ON
+refuses "the command line tool cannot be built: it needs POSIX" -DWIN32=ON
 refuses "'taskvec run' cannot be built: it needs yaml-cpp's libyaml-cpp.a (Debian: libyaml-cpp-dev)" -DCMAKE_DISABLE_FIND_PACKAGE_yaml-cpp=ON
 configure || {
     grep -q 'static C and C++ libraries' "$work/said.txt" && { echo "skipped: no program without shared libraries can be linked here"; exit 77; }
