@@ -16,7 +16,7 @@ file(GLOB files ${PORT_DIR}/*)
 
 # The manifest: what vcpkg refuses, and what a registry's reviewers do.
 file(READ ${PORT_DIR}/vcpkg.json manifest)
-foreach(field IN ITEMS name version description license)
+foreach(field IN ITEMS name version description homepage license)
     string(JSON ${field} GET "${manifest}" ${field})
 endforeach()
 if(NOT name STREQUAL "taskvec" OR NOT version MATCHES "^[0-9]+[.][0-9]+[.][0-9]+$" OR NOT license STREQUAL "Apache-2.0" OR description MATCHES "[.]$")

@@ -15,6 +15,8 @@ class TaskvecConan(ConanFile):
     name = "taskvec"
     description = "Header-only C++20 tensor algorithms for reusing fine-tuned models"
     license = "Apache-2.0"
+    url = "https://github.com/conan-io/conan-center-index"  # of the recipe: ConanCenter asks for its own
+    homepage = "https://example.org/taskvec"  # stands for the project's address: packaging/README.md
     topics = ("machine-learning", "model-merging", "task-arithmetic", "lora", "header-only")
     package_type = "header-library"
     settings = "os", "arch", "compiler", "build_type"
