@@ -10,6 +10,7 @@ mkdir -p consumer/subprojects/taskvec
 cp "$root/packaging/consumers/meson/meson.build" "$root/packaging/consumers/main.cpp" consumer
 cp -R "$root/meson.build" "$root/include" "$root/LICENSE" consumer/subprojects/taskvec
 # An environment that names folders of other packages must not matter.
-CXX=$2 "$1" setup consumer built > said.txt || { cat said.txt; exit 1; }
+CXX=$2 "$1" setup consumer built > setup.txt || { cat setup.txt; exit 1; }
 "$1" compile -C built > said.txt || { cat said.txt; exit 1; }
 built/consumer
+if [ -x built/consumer_io ]; then built/consumer_io; else sed -n 's/^Message: /without files: /p' setup.txt; fi
