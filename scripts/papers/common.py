@@ -45,6 +45,10 @@ def share(text):
     return first, step
 
 
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 class Results(dict):
     """What was measured, by key, in a file that several processes add to."""
 

