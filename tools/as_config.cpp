@@ -108,11 +108,55 @@ std::string truth_of(const mergekit_parameter& one, const std::string& value, co
     return value == one.word(true, semantics) ? "true" : value == off || off.empty() ? "false" : "";
 }
 
+/// Whether `run` would promote without a dtype: numbers of several dtypes, and no quantised layers.
+bool promotes(const merge_inputs& inputs)
+{
+    std::set<taskvec::dtype> found;
+    const auto look = [&](const taskvec::checkpoint& model) {
+        for (const auto& [name, tensor] : model.model()) {
+            if (tensor.source) { return false; }
+            if (taskvec::is_storage(tensor.dtype)) { found.insert(tensor.dtype); }
+        }
+        return true;
+    };
+    const bool plain =
+        (!inputs.base() || look(*inputs.base())) && std::all_of(inputs.tasks().begin(), inputs.tasks().end(), look);
+    return plain && found.size() > 1;
+}
+
+/// What says the dtypes of a result.
+struct said_dtype {
+    std::string of_all; ///< mergekit's word; empty: nothing has to be said
+    bool kept = false; ///< each tensor has the base's, which mergekit has no word for
+};
+said_dtype dtype_of(const merge_request& request, const merge_inputs& inputs, const taskvec::quantised_outputs& plan)
+{
+    for (const auto& [theirs, ours] : mergekit_dtypes()) {
+        if (ours == request.dtype) { return {theirs}; }
+    }
+    if (!plan.plain() && request.dtype == "keep") { return {"", true}; }
+    if (!promotes(inputs)) { return {}; }
+    std::set<taskvec::dtype> found;
+    for (const auto& spec : plan.specs) {
+        if (taskvec::is_storage(spec.dtype) || taskvec::is_fp8(spec.dtype)) { found.insert(spec.dtype); }
+    }
+    for (const auto& [theirs, ours] : mergekit_dtypes()) {
+        if (found.size() == 1 && output_dtype(ours) == *found.begin()) { return {theirs}; }
+    }
+    const auto kept =
+        taskvec::plan_outputs(inputs.models(), inputs.reference_model(), inputs.reference().layers(), true);
+    if (!kept.plain()) {
+        cannot_say("that FP8 becomes numbers and other tensors keep their dtype", "give one --dtype for all");
+    }
+    return {"", true};
+}
+
 class writer {
 public:
-    writer(const merge_request& request, const method_entry& method, const std::vector<std::string>& tensors)
+    writer(const merge_request& request, const method_entry& method, const merge_inputs& inputs,
+        const taskvec::quantised_outputs& plan)
         : request_(request)
-        , tensors_(tensors)
+        , dtype_(dtype_of(request, inputs, plan))
         , words_(words_of(request))
         , rows_(method.values(request.options))
     {
@@ -123,6 +167,7 @@ public:
             words_.semantics ? option_values{{"semantics", semantics_, "--semantics"}} : option_values();
         plain_ = method.values(preset);
         tasks_ = parse_tasks(request.tasks);
+        for (const auto& tensor : inputs.models().tensors()) { tensors_.push_back(tensor.name); }
     }
 
     std::string text()
@@ -131,9 +176,7 @@ public:
         put_base();
         put_models();
         put_parameters();
-        for (const auto& [theirs, ours] : mergekit_dtypes()) { // none for `keep`
-            if (ours == request_.dtype) { out_ << YAML::Key << "out_dtype" << YAML::Value << theirs; }
-        }
+        if (!dtype_.of_all.empty()) { out_ << YAML::Key << "out_dtype" << YAML::Value << dtype_.of_all; }
         put_own();
         out_ << YAML::EndMap;
         return "# taskvec run FILE --out DIR makes this merge; mergekit passes over what stands under 'taskvec'.\n"
@@ -184,6 +227,7 @@ private:
     {
         const auto own = request_.of_tasks.find(request_.tasks[t]);
         const auto weights = request_.weights.find(request_.tasks[t]);
+        check_parameters_of(t);
         bool open = false;
         const auto start = [&] {
             if (!open) { out_ << YAML::Key << "parameters" << YAML::Value << YAML::BeginMap; }
@@ -207,6 +251,31 @@ private:
             }
         }
         if (open) { out_ << YAML::EndMap; }
+    }
+
+    /// Refuses what a model has of its own and mergekit has for none.
+    void check_parameters_of(std::size_t t) const
+    {
+        const auto has = [&](const std::string& row) {
+            return std::any_of(words_.parameters.begin(), words_.parameters.end(), [&](const mergekit_parameter& one) {
+                return one.row == row && one.of != mergekit_parameter::scope::shared;
+            });
+        };
+        const auto& text = request_.tasks[t];
+        const bool weighs = request_.weights.contains(text)
+            || (tasks_[t].weight != 1 && !request_.adapters.contains(text)); // that of an adapter is its own
+        if (weighs && !has("weight")) {
+            cannot_say("the weight of '" + tasks_[t].path.string() + "' with --method " + request_.method,
+                "mergekit's '" + words_.theirs + "' weighs all models alike: leave weights out, or --as-config");
+        }
+        if (const auto own = request_.of_tasks.find(text); own != request_.of_tasks.end()) {
+            for (const auto& value : own->second) {
+                if (!has(value.name)) {
+                    cannot_say(
+                        value.flag + " with --method " + request_.method, "give one --" + value.name + " for all");
+                }
+            }
+        }
     }
 
     void put_parameters()
@@ -233,6 +302,7 @@ private:
     {
         out_ << YAML::Key << "taskvec" << YAML::Value << YAML::BeginMap << YAML::Key << "semantics" << YAML::Value
              << semantics_;
+        if (dtype_.kept) { out_ << YAML::Key << "dtype" << YAML::Value << "keep"; }
         for (std::size_t i = 0; i < rows_.size(); ++i) {
             const auto& one = rows_[i];
             if (one.is_preset || one.per_task || said_.contains(one.name)) { continue; }
@@ -245,7 +315,8 @@ private:
     }
 
     const merge_request& request_;
-    const std::vector<std::string>& tensors_;
+    const said_dtype dtype_;
+    std::vector<std::string> tensors_;
     const mergekit_method& words_;
     std::vector<row> rows_, plain_; ///< the values, and those of the semantics alone
     std::string semantics_ = "paper"; ///< those that `run` knows; other presets are their rows
@@ -256,16 +327,17 @@ private:
 
 } // namespace
 
-std::string configuration_of(
-    const merge_request& request, const method_entry& method, const std::vector<std::string>& tensors)
+std::string configuration_of(const merge_request& request, const method_entry& method, const merge_inputs& inputs,
+    const taskvec::quantised_outputs& plan)
 {
     check_inputs(request);
-    return writer(request, method, tensors).text();
+    return writer(request, method, inputs, plan).text();
 }
 
 #else
 
-std::string configuration_of(const merge_request&, const method_entry&, const std::vector<std::string>&)
+std::string configuration_of(
+    const merge_request&, const method_entry&, const merge_inputs&, const taskvec::quantised_outputs&)
 {
     throw usage_error("--as-config: this build of taskvec writes no configurations: it was built without yaml-cpp "
                       "(Debian: libyaml-cpp-dev); install it, configure anew and build again");

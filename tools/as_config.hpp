@@ -5,14 +5,13 @@
 #include "methods.hpp"
 
 #include <string>
-#include <vector>
 
 namespace tool {
 
 /// The configuration with which `taskvec run` makes what this request makes. What mergekit has no word for stands under
-/// `taskvec`, a key that mergekit passes over. `tensors`: the names that patterns are for. Throws usage_error for what
-/// no configuration can say, naming the option.
-[[nodiscard]] std::string configuration_of(
-    const merge_request& request, const method_entry& method, const std::vector<std::string>& tensors);
+/// `taskvec`, a key that mergekit passes over. `inputs`, `plan`: the models, and what the result's file holds. Throws
+/// usage_error for what no configuration can say, naming the option.
+[[nodiscard]] std::string configuration_of(const merge_request& request, const method_entry& method,
+    const merge_inputs& inputs, const taskvec::quantised_outputs& plan);
 
 } // namespace tool

@@ -72,19 +72,40 @@ void read_dtype(reading& it, const mapping& top)
     }
 }
 
+/// `dtype: keep` under `taskvec`: the base's, tensor by tensor, where mergekit's words give all tensors one.
+void set_dtype_kept(reading& it, const mapping::entry& given, const std::string& word, const mapping& top)
+{
+    if (word != "keep") {
+        it.where.fail(given.value,
+            "dtype under 'taskvec' is '" + shown(word) + "'; expected keep, and others as mergekit's 'dtype'");
+    }
+    for (const auto* key : {"dtype", "out_dtype"}) {
+        if (const auto other = top.find(key)) {
+            it.where.fail(given.key,
+                "'dtype: keep' is given beside '" + std::string(key) + "' of " + it.where.of(other->key)
+                    + "; expected one of them");
+        }
+    }
+    it.request().dtype = word;
+}
+
 /// What stands under `taskvec`: whose definitions to follow, and options that mergekit has no word for.
 option_values read_own(reading& it, const mapping& top)
 {
     option_values options;
     std::string semantics = "mergekit";
     if (const auto one = top.find("taskvec")) {
-        std::vector<std::string> known{"semantics"};
+        std::vector<std::string> known{"semantics", "dtype"};
         for (const auto& row : method_named(it.method->ours)->options) {
             if (!row.is_preset && !row.per_task) { known.push_back(row.name); }
         }
         const mapping own(it.where, one->value, "'taskvec'", known);
         for (const auto& entry : own.entries()) {
             const auto word = scalar_of(it.where, entry.value, entry.name);
+            if (entry.name == "dtype") {
+                set_dtype_kept(it, entry, word, top);
+                continue;
+            }
             if (entry.name != "semantics") {
                 options.push_back({entry.name, word, it.where.of(entry.value) + ": " + entry.name});
                 continue;

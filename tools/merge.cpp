@@ -213,16 +213,12 @@ void run_merge(const merge_request& request)
         inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
     claim_model(request.run, request.out, directory);
     claim_report(request.run);
-    std::string configuration;
-    if (!request.as_config.empty()) {
-        claim_output(request.as_config, "--as-config");
-        std::vector<std::string> tensors;
-        for (const auto& tensor : inputs.models().tensors()) { tensors.push_back(tensor.name); }
-        configuration = configuration_of(request, method, tensors);
-    }
+    if (!request.as_config.empty()) { claim_output(request.as_config, "--as-config"); }
+    const auto plan = outputs_of(request, inputs);
+    const auto configuration =
+        request.as_config.empty() ? std::string() : configuration_of(request, method, inputs, plan);
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);
-    const auto plan = outputs_of(request, inputs);
     if (request.run.dry_run) {
         method.examine(call);
         const auto bytes = bytes_of(plan);

@@ -596,6 +596,8 @@ TEST_CASE("a merge writes the configuration that makes it again, bit for bit")
                  {{"--method", "model-stock", "--angles-between", "rows"}, with_base, {"--task", "a", "--task", "b"}}),
              joined({{"--method", "model-stock", "--angles-between", "columns"}, with_base,
                  {"--task", "a", "--task", "b"}}),
+             joined({{"--method", "karcher", "--steps", "30", "--tolerance", "1e-9"}, {"--task", "a", "--task", "b"}}),
+             joined({{"--method", "multi-slerp"}, two}),
              joined({{"--method", "sce", "--density", "0.3"}, with_base, {"--task", "a", "--task", "b"}})}) {
         auto given = line;
         given.insert(given.end(), {"--as-config", "written.yml"});
@@ -604,6 +606,50 @@ TEST_CASE("a merge writes the configuration that makes it again, bit for bit")
         const std::string text(std::istreambuf_iterator<char>(file), {});
         CHECK(same(m.result(text), expected));
     }
+}
+
+TEST_CASE("the configuration that a merge of several dtypes writes gives each tensor the same one")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    using taskvec::dtype;
+    const auto give = [&](const std::string& name, const values_model& like, dtype of_weights, dtype of_norms) {
+        auto model = like;
+        for (auto& [tensor, values] : model) {
+            values.dtype = tensor == "norm.weight" ? of_norms : of_weights;
+            for (auto& value : values.values) { value = rounded(values.dtype, value); }
+        }
+        std::filesystem::create_directories(m.folder / name);
+        write_values(m.folder / name / "model.safetensors", model);
+    };
+    give("base16", m.base, dtype::bf16, dtype::bf16);
+    give("mixed", m.base, dtype::bf16, dtype::f32);
+    give("half", m.b, dtype::f16, dtype::f16);
+    struct expectation {
+        std::string base, said;
+        dtype of_weights, of_norms;
+    };
+    for (const auto& [base, said, of_weights, of_norms] :
+        {expectation{"base16", "\nout_dtype: bfloat16\n", dtype::bf16, dtype::bf16},
+            expectation{"mixed", "\n  dtype: keep", dtype::bf16, dtype::f32},
+            expectation{"base", "\nout_dtype: float32\n", dtype::f32, dtype::f32}}) {
+        for (const std::vector<std::string>& more :
+            {std::vector<std::string>{}, std::vector<std::string>{"--dtype", "keep"}}) {
+            std::vector<std::string> words{"--method", "task-arithmetic", "--base", base, "--task", "a=0.5", "--task",
+                "half=0.25", "--as-config", "written.yml"};
+            words.insert(words.end(), more.begin(), more.end());
+            const auto expected = m.merged(words);
+            CHECK(expected.at("layers.1.mlp.weight").dtype == of_weights);
+            CHECK(expected.at("norm.weight").dtype == of_norms);
+            const auto text = slurp(m.folder / "written.yml");
+            CHECK(has(text, said));
+            CHECK(same(m.result(text), expected));
+        }
+    }
+    has(m.refusal("merge_method: linear\nout_dtype: float32\n" + tasks + "taskvec: {dtype: keep}\n"),
+        "config.yml:8:11: 'dtype: keep' is given beside 'out_dtype' of config.yml:2:1; expected one of them");
+    has(m.refusal("merge_method: linear\n" + tasks + "taskvec: {dtype: bf16}\n"),
+        "config.yml:7:18: dtype under 'taskvec' is 'bf16'; expected keep");
 }
 
 TEST_CASE("what no configuration can say is refused before anything is written")
@@ -626,6 +672,12 @@ TEST_CASE("what no configuration can say is refused before anything is written")
     CHECK(has(refused({"--method", "average", "--base", "base", "--task", "a", "--task", "b"}), "--base"));
     CHECK(has(refused({"--method", "task-arithmetic", "--base", "base", "--task", "a", "--task", "a"}), "twice"));
     CHECK(has(refused({"--method", "slerp", "--base", "base", "--task", "a", "--task", "b"}), "2 tasks of slerp"));
+    // Weights of a method whose models mergekit weighs alike.
+    CHECK(has(refused({"--method", "karcher", "--task", "a=0.3", "--task", "b=0.6"}),
+        "--as-config: a configuration cannot say the weight of 'a' with --method karcher; mergekit's 'karcher' "
+        "weighs"));
+    CHECK(has(refused({"--method", "karcher", "--task", "a", "--task", "b", "--weight", "attn=0.25"}),
+        "the weight of 'b' with --method karcher"));
     std::filesystem::create_directories(m.folder / "lora");
     write_values(m.folder / "lora/adapter_model.safetensors",
         {{"base_model.model.layers.0.mlp.lora_A.weight", {taskvec::dtype::f32, {1, 7}, std::vector<float>(7, 0.5F)}},
