@@ -15,6 +15,13 @@ namespace tool::configuration {
 
 namespace {
 
+/// mergekit's words have underscores where those of command lines have dashes.
+std::string dashed(std::string word)
+{
+    std::replace(word.begin(), word.end(), '_', '-');
+    return word;
+}
+
 /// The method of mergekit's of this name, which may be its name here; nullptr where there is none.
 const mergekit_method* method_called(const std::string& name)
 {
@@ -26,9 +33,7 @@ const mergekit_method* method_called(const std::string& name)
     if (const auto* const found = find([&](const mergekit_method& one) { return one.theirs == name; })) {
         return found;
     }
-    auto ours = name;
-    std::replace(ours.begin(), ours.end(), '_', '-');
-    const auto* const entry = method_named(ours);
+    const auto* const entry = method_named(dashed(name));
     return entry ? find([&](const mergekit_method& one) { return one.ours == entry->name; }) : nullptr;
 }
 
@@ -43,6 +48,11 @@ void read_method(reading& it, const mapping& top)
     if (!it.method) {
         std::vector<std::string> known;
         for (const auto& method : mergekit_methods()) { known.push_back(method.theirs); }
+        if (method_named(dashed(name))) {
+            it.where.fail(one->value,
+                "merge_method '" + shown(name) + "' is none of mergekit's, and no configuration can say it; 'taskvec "
+                    + "merge --method " + method_named(dashed(name))->name + "' has it");
+        }
         it.where.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known));
     }
     it.request().method = it.method->ours;

@@ -10,6 +10,7 @@
 #include <iterator>
 #include <map>
 #include <set>
+#include <utility>
 
 namespace tool::configuration {
 
@@ -107,19 +108,20 @@ private:
     {
         constexpr std::size_t most = 1000;
         if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
-        constexpr std::size_t most_of_all = 100000; // aliases make many of few
-        if ((models_read_ += list.size()) > most_of_all) {
-            where_.fail(list, taskvec::message("there are more than ", most_of_all, " models in all slices"));
-        }
-        auto& inputs = to.inputs;
+        check_count_of_all(list, models_read_ += list.size());
+        std::set<std::pair<std::string, std::string>> seen;
         for (const auto& node : list) {
-            inputs.push_back(read_input(node, layers));
-            for (std::size_t i = 0; i + 1 < inputs.size(); ++i) {
-                if (inputs[i].is_model_of(inputs.back())) {
-                    where_.fail(inputs.back().at, "'" + inputs.back().name + "' stands twice among the models");
-                }
+            const auto& one = to.inputs.emplace_back(read_input(node, layers));
+            if (!seen.emplace(one.path, one.adapter).second) {
+                where_.fail(one.at, "'" + one.name + "' stands twice among the models");
             }
         }
+    }
+
+    void check_count_of_all(const YAML::Node& at, std::size_t models) const
+    {
+        constexpr std::size_t most = 100000; // aliases make many of few
+        if (models > most) { where_.fail(at, taskvec::message("there are more than ", most, " models in all slices")); }
     }
 
     void read_slices(const YAML::Node& list, std::optional<mapping::entry>& base)
@@ -238,21 +240,22 @@ private:
                 if (known.insert(one.path).second) { all.push_back(one); }
             }
         }
+        check_count_of_all(it_.at_method, most * slices_.size());
         for (auto& part : slices_) {
-            if (part.inputs.empty()) { continue; }
-            const auto count = part.inputs.front().count();
-            while (part.inputs.size() < most) {
-                const auto other = std::find_if(all.begin(), all.end(), [&](const input& one) {
-                    const auto same = [&](const input& its) { return its.path == one.path; };
-                    return layers_[one.path] >= count && std::none_of(part.inputs.begin(), part.inputs.end(), same);
-                });
-                auto further = other == all.end() ? part.inputs.front() : *other;
+            auto& inputs = part.inputs;
+            if (inputs.empty()) { continue; }
+            const auto count = inputs.front().count();
+            std::set<std::string> own;
+            for (const auto& one : inputs) { own.insert(one.path); }
+            for (auto other = all.begin(); inputs.size() < most; other += other == all.end() ? 0 : 1) {
+                if (other != all.end() && (own.contains(other->path) || layers_[other->path] < count)) { continue; }
+                auto further = other == all.end() ? inputs.front() : *other;
                 if (other != all.end()) {
                     further.first = 0;
                     further.last = count;
                 }
                 take_weight_of(further);
-                part.inputs.push_back(std::move(further));
+                inputs.push_back(std::move(further));
             }
         }
     }

@@ -83,7 +83,14 @@ std::string model_names::reference_of(const YAML::Node& node) const
     return path_of(model->value) + (lora ? "+" + path_of(lora->value) : "");
 }
 
-input model_names::find(const YAML::Node& node)
+const input& model_names::find(const YAML::Node& node)
+{
+    const auto at = node.Mark().pos;
+    const auto place = found_.find(at);
+    return place != found_.end() ? place->second : found_.emplace(at, read(node)).first->second;
+}
+
+input model_names::read(const YAML::Node& node)
 {
     input made;
     made.at = node;

@@ -37,17 +37,19 @@ public:
         , stages_(others)
     { }
 
-    /// The model that is named here. Throws invalid_argument where there is none.
-    [[nodiscard]] input find(const YAML::Node& node);
+    /// The model that is named here. Throws invalid_argument where there is none. What aliases name is sought once.
+    [[nodiscard]] const input& find(const YAML::Node& node);
     /// The other documents whose results were found.
     [[nodiscard]] const stages_named& needs() const { return needs_; }
 
 private:
     [[nodiscard]] std::string reference_of(const YAML::Node& node) const;
+    [[nodiscard]] input read(const YAML::Node& node);
 
     const place& where_;
     const stages& stages_;
     stages_named needs_;
+    std::map<int, input> found_; ///< by where the names stand
 };
 
 } // namespace tool::configuration

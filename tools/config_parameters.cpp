@@ -92,7 +92,7 @@ public:
     {
         for (const auto& method : mergekit_methods()) {
             for (const auto& one : method.parameters) {
-                if (!std::count(known_.begin(), known_.end(), one.name)) { known_.push_back(one.name); }
+                if (kinds_.emplace(one.name, one.type).second) { known_.push_back(one.name); }
             }
         }
     }
@@ -123,13 +123,29 @@ private:
             const auto has = std::find_if(method_.parameters.begin(), method_.parameters.end(),
                 [&](const mergekit_parameter& its) { return its.name == one.name; });
             const bool there = has != method_.parameters.end();
+            check_kind(one, there ? has->type : kinds_.at(one.name)); // of what has no effect, and no say, too
             if (there && !(of_model && is_shared(*has))) { continue; }
-            if (one.name == "int8_mask") { (void)truth_of(where_, one.value, one.name); }
             if (one.name == "eps" && method_.theirs == "multislerp") { check_eps(one.value); }
             note(run_,
                 where_.of(one.key) + ": '" + one.name + "' has no effect"
                     + (silent_.contains(one.name) ? "" : " on merge_method '" + method_.theirs + "'")
                     + (there ? " for one model alone" : ""));
+        }
+    }
+
+    /// Whether all that is given for a parameter are numbers, or truths.
+    void check_kind(const mapping::entry& given, mergekit_parameter::kind type) const
+    {
+        if (given.value.IsNull()) { return; } // it is as if it were not there
+        std::set<int> checked;
+        for (const auto& part : settings_of(where_, given.value, given.name)) {
+            if (!checked.insert(part.value.Mark().pos).second) { continue; }
+            for (const auto& value : scalars_of(part.value)) {
+                if (type == mergekit_parameter::kind::truth) { (void)truth_of(where_, value, given.name); }
+                else {
+                    (void)number_or_truth_of(where_, value, given.name);
+                }
+            }
         }
     }
 
@@ -152,6 +168,8 @@ private:
     const run_options& run_;
     const std::set<std::string> silent_{"int8_mask", "eps"};
     std::vector<std::string> known_;
+    std::map<std::string, mergekit_parameter::kind> kinds_{
+        {"int8_mask", mergekit_parameter::kind::truth}, {"eps", mergekit_parameter::kind::number}}; ///< of known names
     std::set<std::pair<int, bool>> checked_; ///< aliases
 };
 
@@ -292,17 +310,22 @@ private:
         for (const auto& level : chain) {
             if (result.for_all) { break; } // what comes later never counts
             const auto& its = values_at(one, level);
-            constexpr std::size_t most = 500000, numbers = 8; // aliases make many of few
-            for (const auto& value : its.values) { values_made_ += 1 + value.numbers.size() / numbers; }
-            if (values_made_ > most) {
-                where_.fail(
-                    level, "'" + one.name + "' and other parameters have too many values over all slices and models");
-            }
+            for (const auto& value : its.values) { count(one, level, value.numbers.size()); }
             result.values.insert(result.values.end(), its.values.begin(), its.values.end());
             result.for_all = its.for_all;
         }
         std::reverse(result.values.begin(), result.values.end());
         return result;
+    }
+
+    /// Counts a value of so many numbers, before it is made: aliases make many of few.
+    void count(const mergekit_parameter& one, const YAML::Node& level, std::size_t numbers)
+    {
+        constexpr std::size_t most = 500000, of_a_value = 8;
+        if ((values_made_ += 1 + numbers / of_a_value) > most) {
+            where_.fail(
+                level, "'" + one.name + "' and other parameters have too many values over all slices and models");
+        }
     }
 
     /// What one `parameters` says of a parameter, what counts most first.
@@ -315,6 +338,7 @@ private:
         if (!given) { return made; }
         for (const auto& part : settings_of(where_, given->value, one.name)) {
             if (made.for_all) { break; }
+            count(one, level, part.value.size());
             auto value = value_of(one, part);
             if (!value.text.empty() || !one.off.empty()) { made.values.push_back(std::move(value)); }
             made.for_all = part.filter.empty();
@@ -322,18 +346,10 @@ private:
         return made;
     }
 
-    [[nodiscard]] option_value value_of(const mergekit_parameter& one, const setting& part) const
+    [[nodiscard]] option_value value_of(const mergekit_parameter& one, const setting& part)
     {
-        option_value made{one.row, "", where_.of(part.value) + ": " + one.name};
-        if (is_number(one)) {
-            made.numbers = numbers_of(one, part.value);
-            for (const double number : made.numbers) {
-                made.text += (made.text.empty() ? "" : ",") + taskvec::csv_number(number);
-            }
-        }
-        else {
-            made.text = word_of(one, part);
-        }
+        auto made = is_number(one) ? numbers_at(one, part.value)
+                                   : option_value{one.row, word_of(one, part), flag_of(one, part.value)};
         if (part.filter.empty() && made.numbers.size() < 2) {
             made.numbers.clear();
             return made;
@@ -341,6 +357,24 @@ private:
         made.by_tensor = made.as_in_mergekit = true;
         made.pattern = escaped(part.filter);
         return made;
+    }
+
+    [[nodiscard]] std::string flag_of(const mergekit_parameter& one, const YAML::Node& value) const
+    {
+        return where_.of(value) + ": " + one.name;
+    }
+
+    /// A value of numbers, for all tensors.
+    const option_value& numbers_at(const mergekit_parameter& one, const YAML::Node& value)
+    {
+        const std::pair key(one.name, value.Mark().pos);
+        if (const auto place = numbers_read_.find(key); place != numbers_read_.end()) { return place->second; }
+        option_value made{one.row, "", flag_of(one, value)};
+        made.numbers = numbers_of(one, value);
+        for (const double number : made.numbers) {
+            made.text += (made.text.empty() ? "" : ",") + taskvec::csv_number(number);
+        }
+        return numbers_read_.emplace(key, std::move(made)).first->second;
     }
 
     [[nodiscard]] std::string word_of(const mergekit_parameter& one, const setting& part) const
@@ -359,9 +393,8 @@ private:
     [[nodiscard]] std::vector<double> numbers_of(const mergekit_parameter& one, const YAML::Node& value) const
     {
         std::vector<double> numbers;
-        if (const auto truth = value.IsScalar() ? parse_truth(value) : std::nullopt) { numbers = {*truth ? 1.0 : 0.0}; }
-        else {
-            for (const auto& number : scalars_of(value)) { numbers.push_back(number_of(where_, number, one.name)); }
+        for (const auto& number : scalars_of(value)) {
+            numbers.push_back(number_or_truth_of(where_, number, one.name));
         }
         if (one.row == "density") { // there 0 keeps nothing, and what is above 1 all: a share that is no entry here
             constexpr double no_entry = 1e-30;
@@ -436,6 +469,7 @@ private:
     // What was read, by where it stands: aliases are read once.
     mappings levels_read_;
     std::map<std::pair<std::string, int>, values_given> values_read_; ///< by the parameter's name too
+    std::map<std::pair<std::string, int>, option_value> numbers_read_; ///< the same
     std::size_t values_made_ = 0;
 };
 

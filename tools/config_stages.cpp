@@ -49,17 +49,16 @@ std::string read_text(const std::string& config)
 }
 
 /// Stops where yaml-cpp would find documents without an end: it makes one of a token that may not stand there, such as
-/// a comma, and takes nothing for it.
-class document_ends final : public YAML::EventHandler {
+/// a comma, and takes nothing for it. And where lists and mappings stand in each other deeper than it goes.
+class first_look final : public YAML::EventHandler {
 public:
-    explicit document_ends(const place& where)
+    explicit first_look(const place& where)
         : where_(where)
     { }
     void OnDocumentStart(const YAML::Mark& mark) override
     {
         if (before_ && *before_ == mark.pos) {
-            taskvec::raise<taskvec::format_error>(taskvec::error_code::json_syntax,
-                where_.of(mark) + ": this is no YAML: nothing can begin with what stands here", "");
+            refuse(mark, "this is no YAML: nothing can begin with what stands here");
         }
         before_ = mark.pos;
     }
@@ -67,13 +66,35 @@ public:
     void OnNull(const YAML::Mark&, YAML::anchor_t) override { }
     void OnAlias(const YAML::Mark&, YAML::anchor_t) override { }
     void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override { }
-    void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override { }
-    void OnSequenceEnd() override { }
-    void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override { }
-    void OnMapEnd() override { }
+    void OnSequenceStart(const YAML::Mark& mark, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override
+    {
+        open(mark);
+    }
+    void OnSequenceEnd() override { --depth_; }
+    void OnMapStart(const YAML::Mark& mark, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override
+    {
+        open(mark);
+    }
+    void OnMapEnd() override { --depth_; }
 
 private:
+    [[noreturn]] void refuse(const YAML::Mark& mark, const std::string& what) const
+    {
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::json_syntax, where_.of(mark) + ": " + what, "");
+    }
+    void open(const YAML::Mark& mark)
+    {
+        constexpr std::size_t most = 50;
+        if (++depth_ > most) {
+            refuse(mark,
+                taskvec::message("more than ", most,
+                    " lists and mappings stand in each other here; a "
+                    "configuration has less than ten"));
+        }
+    }
+
     const place& where_;
+    std::size_t depth_ = 0;
     std::optional<int> before_;
 };
 
@@ -86,8 +107,8 @@ std::vector<YAML::Node> load(const std::string& config)
     try {
         std::istringstream stream(text);
         YAML::Parser parser(stream);
-        document_ends ends(where);
-        while (parser.HandleNextDocument(ends)) { }
+        first_look look(where);
+        while (parser.HandleNextDocument(look)) { }
         documents = YAML::LoadAll(text);
     }
     catch (const YAML::Exception& wrong) {

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -184,10 +185,21 @@ private:
     {
         const auto what = "token '" + shown(token.name) + "'";
         if (token.name.empty()) { where_.fail(token.key, "'tokens' has a token without a text"); }
-        const mapping its(where_, token.value, what, {"source", "force"});
-        token_rule rule;
+        auto place = rules_read_.find(token.value.Mark().pos);
+        if (place == rules_read_.end()) {
+            place = rules_read_.emplace(token.value.Mark().pos, read_rule_of(token.value, what)).first;
+        }
+        auto rule = place->second;
         rule.text = token.name;
-        rule.at = where_.of(token.key);
+        if (rule.at.empty()) { rule.at = where_.of(token.key); }
+        return rule;
+    }
+
+    /// What is said of a token, at its source where it has one.
+    token_rule read_rule_of(const YAML::Node& node, const std::string& what)
+    {
+        const mapping its(where_, node, what, {"source", "force"});
+        token_rule rule;
         if (const auto force = its.find("force")) { rule.force = truth_of(where_, force->value, "force"); }
         if (const auto source = its.find("source")) {
             rule.at = where_.of(source->value);
@@ -200,13 +212,13 @@ private:
     void read_source(const YAML::Node& node, const std::string& what, token_rule& rule)
     {
         using source = token_rule::source;
-        const bool kinds = node.IsMap() && mapping(where_, node, "a source").find("kind");
+        const bool kinds = node.IsMap() && sources_read_.at(where_, node, "a source").find("kind");
         if (!kinds) {
             rule.from = source::model;
             rule.model = model_of(node, what);
             return;
         }
-        const mapping parts(where_, node, "a source", {"kind", "model", "token", "token_id"});
+        const auto& parts = kinds_read_.at(where_, node, "a source", {"kind", "model", "token", "token_id"});
         const auto kind = *parts.find("kind");
         const auto word = scalar_of(where_, kind.value, "kind");
         if (word != "zero" && word != "model_token") {
@@ -244,13 +256,16 @@ private:
         if (node.IsScalar() && node.Scalar() == "zero" && !fs::exists("zero")) {
             where_.fail(node, what + " is 'zero', which would be a model; for zeros write {kind: zero}");
         }
-        const auto found = it_.names.find(node);
+        const auto known = places_.find(node.Mark().pos);
+        if (known != places_.end()) { return known->second; }
+        const auto& found = it_.names.find(node);
         const auto place = place_among_models(found);
         if (!place) {
             where_.fail(node,
                 what + " is '" + shown(found.name)
                     + "', which is not merged here; expected one of the models, or the base");
         }
+        places_.emplace(node.Mark().pos, *place);
         return *place;
     }
 
@@ -260,6 +275,10 @@ private:
     const std::vector<slice>& slices_;
     merge_request& request_;
     const std::string& reference_; ///< the model whose vocabulary comes first
+    // What was read, by where it stands: aliases are read once.
+    std::map<int, token_rule> rules_read_;
+    mappings sources_read_, kinds_read_;
+    std::map<int, std::size_t> places_; ///< of models
 };
 
 /// The chat template that most models have, of several the one that the first of them has; nothing where none has one.

@@ -9,6 +9,9 @@
 #include <cctype>
 #include <charconv>
 #include <cmath>
+#include <iterator>
+#include <map>
+#include <set>
 #include <string_view>
 #include <system_error>
 
@@ -16,7 +19,7 @@ namespace tool::configuration {
 
 std::string shown(const std::string& text)
 {
-    return text.size() > 80 ? text.substr(0, 80) + "…" : text;
+    return printable(text.size() > 80 ? text.substr(0, 80) : text) + (text.size() > 80 ? "…" : "");
 }
 
 std::string kind_of(const YAML::Node& node)
@@ -27,9 +30,47 @@ std::string kind_of(const YAML::Node& node)
                             : "'" + shown(node.Scalar()) + "'";
 }
 
+namespace {
+
+/// Letters to change, add or leave out between two words.
+std::size_t edits_between(std::string_view a, std::string_view b)
+{
+    std::vector<std::size_t> row(b.size() + 1), next(b.size() + 1);
+    for (std::size_t j = 0; j <= b.size(); ++j) { row[j] = j; }
+    for (std::size_t i = 1; i <= a.size(); ++i) {
+        next[0] = i;
+        for (std::size_t j = 1; j <= b.size(); ++j) {
+            next[j] = std::min({row[j] + 1, next[j - 1] + 1, row[j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1)});
+        }
+        row.swap(next);
+    }
+    return row.back();
+}
+
+/// Whether one may be written for the other: few edits, or one within the other.
+bool is_like(const std::string& word, const std::string& name)
+{
+    constexpr std::size_t longest = 100, part = 4;
+    if (word.size() > longest) { return false; }
+    const bool within =
+        (word.size() >= part && name.find(word) != name.npos) || (name.size() >= part && word.find(name) != word.npos);
+    return within || edits_between(word, name) <= std::max<std::size_t>(1, std::min(word.size(), name.size()) / 3);
+}
+
+/// Whether a scalar is a text whatever it looks like: in quotes, as a block, or tagged as one.
+bool is_text(const YAML::Node& node)
+{
+    return node.Tag() == "!" || node.Tag() == "tag:yaml.org,2002:str";
+}
+
+} // namespace
+
 std::string meant(const std::string& word, const std::vector<std::string>& known)
 {
-    const auto like = closest_name(word, known);
+    std::vector<std::string> alike;
+    std::copy_if(known.begin(), known.end(), std::back_inserter(alike),
+        [&](const std::string& name) { return is_like(word, name); });
+    const auto like = closest_name(word, alike);
     if (!like.empty()) { return "; did you mean '" + like + "'?"; }
     std::string text;
     for (const auto& name : known) { text += (text.empty() ? "; expected " : ", ") + name; }
@@ -59,7 +100,7 @@ mapping::mapping(
 void mapping::add(
     const place& where, const YAML::Node& node, const std::string& what, std::set<std::string>& seen, std::size_t depth)
 {
-    constexpr std::size_t deepest = 16, most = 1000;
+    constexpr std::size_t deepest = 16, most = 200;
     const auto too_many = [&] { where.fail(node, what + " takes over too many others ('<<')"); };
     if (depth > deepest) { too_many(); }
     std::set<std::string> own;
@@ -68,7 +109,7 @@ void mapping::add(
         if (!pair.first.IsScalar()) { where.fail(pair.first, "a key is " + kind_of(pair.first)); }
         const auto key = pair.first.Scalar();
         if (!own.insert(key).second) { where.fail(pair.first, "'" + shown(key) + "' stands twice in " + what); }
-        if (key == "<<") {
+        if (key == "<<" && !is_text(pair.first)) {
             if (pair.second.IsSequence()) {
                 for (const auto& one : pair.second) { others.push_back(one); }
             }
@@ -99,6 +140,9 @@ const mapping& mappings::at(
 std::string scalar_of(const place& where, const YAML::Node& node, const std::string& what)
 {
     if (!node.IsScalar()) { where.fail(node, what + " is " + kind_of(node) + "; expected one word"); }
+    if (node.Scalar().find('\0') != std::string::npos) {
+        where.fail(node, what + " is " + kind_of(node) + ", which has a NUL in it; expected a text without");
+    }
     return node.Scalar();
 }
 
@@ -140,13 +184,17 @@ std::optional<int> base_of(std::string_view digits)
 
 std::optional<double> parse_number(const YAML::Node& node)
 {
-    const auto text = without_separators(node.Scalar());
+    constexpr std::string_view space = " \t\r\n"; // around a number in quotes or a block
+    std::string_view given = node.Scalar();
+    given.remove_prefix(std::min(given.find_first_not_of(space), given.size()));
+    given.remove_suffix(given.size() - (given.find_last_not_of(space) + 1));
+    const auto text = without_separators(std::string(given));
     const double sign = text.starts_with('-') ? -1.0 : 1.0;
     std::string_view digits = text;
     if (text.starts_with('-') || text.starts_with('+')) { digits.remove_prefix(1); }
     if (digits.empty() || digits[0] == '-' || digits[0] == '+') { return std::nullopt; }
-    const bool plain = node.Tag() != "!"; // that of quotes
-    if (const auto base = plain ? base_of(digits) : std::nullopt) {
+    const bool in_tens = is_text(node) || node.Tag() == "tag:yaml.org,2002:float";
+    if (const auto base = in_tens ? std::nullopt : base_of(digits)) {
         const auto whole = whole_text<std::uint64_t>(digits.substr(*base == 8 ? 0 : 2), *base);
         return whole ? std::optional(sign * static_cast<double>(*whole)) : std::nullopt;
     }
@@ -182,6 +230,12 @@ std::optional<bool> parse_truth(const YAML::Node& node)
         if (text == word) { return false; }
     }
     return std::nullopt;
+}
+
+double number_or_truth_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    if (const auto truth = parse_truth(node)) { return *truth ? 1.0 : 0.0; }
+    return number_of(where, node, what);
 }
 
 bool truth_of(const place& where, const YAML::Node& node, const std::string& what)
@@ -235,14 +289,27 @@ void check_value(const place& where, const YAML::Node& value, const std::string&
 std::vector<setting> settings_of(const place& where, const YAML::Node& node, const std::string& name)
 {
     std::vector<setting> result;
-    if (node.IsMap()) { result.push_back(setting_of(where, node, name)); }
+    std::map<int, setting> read; // aliases: each is read, and looked at, once
+    std::set<int> checked;
+    const auto check = [&](const YAML::Node& value) {
+        if (checked.insert(value.Mark().pos).second) { check_value(where, value, name); }
+    };
+    const auto add = [&](const YAML::Node& one) {
+        auto place = read.find(one.Mark().pos);
+        if (place == read.end()) {
+            place = read.emplace(one.Mark().pos, setting_of(where, one, name)).first;
+            check(place->second.value);
+        }
+        result.push_back(place->second);
+    };
+    if (node.IsMap()) { add(node); }
     else if (node.IsSequence() && node.size() > 0 && node[0].IsMap()) {
-        for (const auto& one : node) { result.push_back(setting_of(where, one, name)); }
+        for (const auto& one : node) { add(one); }
     }
     else {
+        check(node);
         result.push_back({"", node});
     }
-    for (const auto& one : result) { check_value(where, one.value, name); }
     return result;
 }
 

@@ -38,7 +38,7 @@ private:
     std::string file_;
 };
 
-/// What a sentence has room for.
+/// What a sentence has room for, and can be printed.
 [[nodiscard]] std::string shown(const std::string& text);
 /// "a mapping", "a list", "nothing", or the word in quotes.
 [[nodiscard]] std::string kind_of(const YAML::Node& node);
@@ -87,10 +87,10 @@ private:
     std::map<std::pair<std::string, int>, mapping> read_; ///< by what they are, too
 };
 
-/// One word.
+/// One word, without a NUL.
 [[nodiscard]] std::string scalar_of(const place& where, const YAML::Node& node, const std::string& what);
-/// A number as YAML 1.1 has it, which mergekit reads: `0x10`, `0b11`, and `010`, which is 8, where no quotes are around
-/// it; `_` between digits. Nothing for other texts.
+/// A number as YAML 1.1 has it, which mergekit reads: `0x10`, `0b11`, and `010`, which is 8, where it is no text (in
+/// quotes, a block, `!!str`); `_` between digits. Nothing for other texts.
 [[nodiscard]] std::optional<double> parse_number(const YAML::Node& node);
 [[nodiscard]] double number_of(const place& where, const YAML::Node& node, const std::string& what);
 /// A whole number from 0 to `most`.
@@ -98,6 +98,8 @@ private:
     const place& where, const YAML::Node& node, const std::string& what, std::uint64_t most);
 /// A truth as YAML 1.1 has it. Nothing for other texts.
 [[nodiscard]] std::optional<bool> parse_truth(const YAML::Node& node);
+/// A number, or a truth, which is 1 or 0.
+[[nodiscard]] double number_or_truth_of(const place& where, const YAML::Node& node, const std::string& what);
 /// A truth, or a number, which is one unless it is 0.
 [[nodiscard]] bool truth_of(const place& where, const YAML::Node& node, const std::string& what);
 

@@ -482,6 +482,21 @@ TEST_CASE("what is wrong with a configuration is said with its place")
         "config.yml:7:19: eps is '0.25', and no eps above 1e-6 is supported");
     has(m.refusal("merge_method: multislerp\n" + tasks + "parameters: {eps: [1e-8, .inf]}\n"), "config.yml:7:26: eps");
     has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
+    for (const std::string other : {"ema", "moe"}) { // like none of them
+        has(m.refusal("merge_method: " + other + "\n" + tasks), "'" + other + "' is unknown; expected linear, ");
+    }
+    has(m.refusal("merge_method: fisher\n" + tasks),
+        "config.yml:1:15: merge_method 'fisher' is none of mergekit's, and no configuration can say it; 'taskvec merge "
+        "--method fisher' has it");
+    has(m.refusal("name: \"a\\0b\"\nmerge_method: linear\n" + tasks + "---\nmerge_method: linear\n" + tasks),
+        "config.yml:1:7: name is 'a\\x00b', which has a NUL in it");
+    // What has no say is looked at all the same.
+    has(m.refusal(head + tasks + "parameters: {weight: foo}\n"), "config.yml:8:22: weight is 'foo'; expected a number");
+    has(m.refusal(head + tasks + "parameters: {lambda: [{value: 1}, {filter: mlp, value: foo}]}\n"),
+        "config.yml:8:56: lambda is 'foo'; expected a number");
+    has(m.refusal(head + tasks + "parameters: {t: foo}\n"), "config.yml:8:17: t is 'foo'; expected a number");
+    has(m.refusal(head + "models: [{model: a, parameters: {weight: 1, normalize: maybe}}]\n"),
+        "config.yml:3:56: normalize is 'maybe'; expected true or false");
     has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
     has(m.refusal(head + tasks + "---\n" + head), "config.yml:1:1: 'name' is missing");
     has(m.refusal(head + "models: [\n"), "this is no YAML");
@@ -510,7 +525,9 @@ TEST_CASE("configurations that are bombs are answered at once")
     std::string lines = "merge_method: ties\nbase_model: base\nmodels:\n";
     for (int i = 0; i < 100000; ++i) { lines += "- b\n"; }
     has(m.refusal(lines), "there are more than 1000 models");
-    has(m.refusal("x: " + std::string(200000, '[')), "config.yml");
+    const std::string deep = "more than 50 lists and mappings stand in each other here";
+    has(m.refusal("x: " + std::string(600, '[') + std::string(600, ']')), "config.yml:1:53: " + deep); // 1 and 50
+    for (const std::size_t depth : {600u, 200000u}) { has(m.refusal("x: " + std::string(depth, '[')), deep); }
     has(m.refusal(std::string(2 << 20, '#')), "more than 1 MiB");
 
     // Mappings that take each other over again and again: what each says counts once.
@@ -549,6 +566,33 @@ TEST_CASE("configurations that are bombs are answered at once")
     std::string many = "- sources: &s [";
     for (int i = 0; i < 300; ++i) { many += "{model: " + other_name(i) + ", layer_range: [0, 1]},"; }
     has(m.refusal(sliced("{scale: 1}", 9000, many + "]\n")), "there are more than 100000 models in all slices");
+
+    // One filter, one value, one token, again and again.
+    std::string list = "1";
+    for (int i = 1; i < 1000; ++i) { list += ",1"; }
+    std::string same_filter = "merge_method: linear\n" + tasks + "parameters:\n  weight:\n", same_value = same_filter;
+    same_filter += "  - &f {filter: x, value: [" + list + "]}\n";
+    same_value += "  - {filter: x, value: &v [" + list + "]}\n";
+    for (int i = 0; i < 90000; ++i) { same_filter += "  - *f\n"; }
+    for (int i = 0; i < 30000; ++i) { same_value += "  - {filter: " + std::to_string(i) + ", value: *v}\n"; }
+    const auto without_own = [](std::string text) { // the weights of the models, which count first
+        for (const std::string own : {"    parameters: {weight: 0.75}\n", "    parameters: {weight: 0.5}\n"}) {
+            text.erase(text.find(own), own.size());
+        }
+        return text;
+    };
+    has(m.refusal(without_own(same_filter)), "'weight' and other parameters have too many values");
+    has(m.refusal(without_own(same_value)), "'weight' and other parameters have too many values");
+    std::string tokens = "merge_method: linear\n" + tasks
+        + "tokenizer:\n  tokens:\n    t: &t {source: {model: a, token_id: 0, <<: [&k {kind: model_token}";
+    for (int i = 0; i < 150; ++i) { tokens += ",*k"; }
+    tokens += "]}}\n";
+    for (int i = 0; i < 50000; ++i) { tokens += "    t" + std::to_string(i) + ": *t\n"; }
+    has(m.refusal(tokens), "tokens are told apart by tokenizer.json, and not every model has one");
+    std::string uneven = "merge_method: linear\nparameters: {weight: 1}\nslices:\n" + many + "]\n- sources: &o [";
+    uneven += "{model: a, layer_range: [0, 1]}]\n";
+    for (int i = 0; i < 9000; ++i) { uneven += "- {sources: *o}\n"; }
+    has(m.refusal(uneven), "there are more than 100000 models in all slices");
 
     // As many filters as a file has lines: those that match nothing are counted.
     std::string lines_of_filters =
@@ -945,6 +989,12 @@ TEST_CASE("numbers, truths, mappings and merge keys are those of YAML 1.1 and of
     CHECK(same(weights("+8.0", "'16'"), expected));
     CHECK(same(weights("'010'", "20"), weights("10", "20"))); // a text there, which is read in tens
     CHECK(same(weights("089", "-1"), weights("89", "-1")));
+    CHECK(same(weights("!!str 010", "!!float 020"), weights("10", "20")));
+    CHECK(same(weights("!!int '010'", "' 16 '"), expected));
+    CHECK(same(weights("[true, 0.5]", "[false, 1]"), weights("[1, 0.5]", "[0, 1]")));
+    CHECK(same(m.result("merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      weight: |\n        8\n"
+                        "  - model: b\n    parameters: {weight: 16}\n"),
+        expected));
     for (const auto* wrong : {"0x", "0xg", "1__0", "_1", "--1", "1:30", ".inf"}) {
         has(m.refusal(std::string("merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: ") + wrong
                 + "}}\n  - {model: b, parameters: {weight: 1}}\n"),
