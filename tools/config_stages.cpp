@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "config_document.hpp"
 #include "config_results.hpp"
+#include "mergekit_words.hpp"
 
 #include "scoring.hpp"
 #include "words.hpp"
@@ -214,6 +215,27 @@ std::vector<std::size_t> order_of(
     return order;
 }
 
+/// How often a request reads the model that lies there, each time it reads all of its models.
+std::size_t times_taken(const merge_request& request, const std::string& path)
+{
+    const auto in_view = [&](const model_view& view) {
+        return std::any_of(view.begin(), view.end(), [&](const layer_part& part) { return part.path == path; });
+    };
+    const auto is_it = [&](const std::string& key, const std::string& plain) {
+        const auto view = request.views.find(key);
+        return view == request.views.end() ? plain == path : in_view(view->second);
+    };
+    std::size_t times = !request.base.empty() && is_it("", request.base) ? 1 : 0;
+    for (const auto& task : parse_tasks(request.tasks)) {
+        const auto host = request.adapters.find(task.text);
+        const auto& base = host == request.adapters.end() ? task.path.string()
+            : host->second.empty()                        ? request.base
+                                                          : host->second;
+        times += is_it(task.text, base) ? 1 : 0;
+    }
+    return times;
+}
+
 /// Where results between lie: beside the output, or where temporary files do when nothing is written.
 fs::path folder_of_stages(const run_settings& given)
 {
@@ -224,8 +246,8 @@ fs::path folder_of_stages(const run_settings& given)
 }
 
 /// A merge in stages. The result of a document that others take is worked out while they read it; of what cannot be so,
-/// it lies beside the output until that is made. What the former look like, and what all look like that are explained,
-/// lies there, or where temporary files do.
+/// or would be too often, it lies beside the output until that is made. What the former look like, and what all look
+/// like that are explained, lies there, or where temporary files do.
 class staged_merge {
 public:
     /// `names`: of the results of the documents.
@@ -243,12 +265,16 @@ public:
             if (!name.empty()) { all[name] = scratch_.path() / name; }
         }
         std::vector<stages_named> needs;
+        std::vector<merge_request> trials;
         for (const auto& document : documents_) { // what is wrong anywhere is said before any work
             auto trial = given_;
             trial.request.run.quiet = true;
             needs.push_back(read_document(trial, document, all, false));
+            trials.push_back(std::move(trial.request));
         }
-        for (const auto d : order_of(place(given_.config), names_, needs)) {
+        const auto order = order_of(place(given_.config), names_, needs);
+        find_stored(order, needs, trials, all);
+        for (const auto d : order) {
             auto stage = given_;
             stage.request.unstored = unstored_;
             (void)read_document(stage, documents_[d], made_, true);
@@ -257,6 +283,40 @@ public:
     }
 
 private:
+    /// Finds why results are stored. Each is worked out whenever a merge reads it that is itself worked out, or stored:
+    /// numbers of which the one multiplies the other, until a result is stored.
+    void find_stored(const std::vector<std::size_t>& order, const std::vector<stages_named>& needs,
+        const std::vector<merge_request>& trials, const stages& all)
+    {
+        constexpr std::size_t most = 8;
+        std::map<std::string, std::size_t> times;
+        for (auto d = order.rbegin(); d != order.rend(); ++d) { // who takes a result stands before it
+            const auto& request = trials[*d];
+            std::size_t own = 1;
+            if (const auto& name = names_[*d]; !name.empty()) {
+                auto why = why_stored(request);
+                if (why.empty() && times[name] > most) {
+                    why = taskvec::message("it would be worked out ", times[name], " times");
+                }
+                if (why.empty()) { own = times[name]; }
+                why_stored_[name] = std::move(why);
+            }
+            for (const auto& one : needs[*d]) {
+                const auto reads = times_taken(request, all.at(one.first).string());
+                times[one.first] += reads * (walks_of(request) - 1 + own);
+            }
+        }
+    }
+
+    /// How often a merge reads its models.
+    [[nodiscard]] static std::size_t walks_of(const merge_request& request)
+    {
+        for (const auto& method : mergekit_methods()) {
+            if (method.ours == request.method) { return method.walks; }
+        }
+        return 1;
+    }
+
     void merge_last(run_settings& stage)
     {
         stage.request.out += stage.request.out.ends_with('/') ? "" : "/";
@@ -266,7 +326,7 @@ private:
 
     void merge_between(run_settings& stage, const std::string& name)
     {
-        const auto why = why_stored(stage.request);
+        const auto& why = why_stored_.at(name);
         const auto fate =
             why.empty() ? "is worked out while it is read" : "is stored until the last merge is done: " + why;
         const auto folder = scratch_.path() / name;
@@ -303,6 +363,7 @@ private:
     const std::vector<std::string> names_;
     const scratch_directory scratch_;
     stages made_;
+    std::map<std::string, std::string> why_stored_; ///< results, by their names; empty: they are not
     std::map<std::string, std::shared_ptr<const taskvec::const_model_ref>> unstored_; ///< by where they would lie
 };
 

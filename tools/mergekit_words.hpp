@@ -35,6 +35,7 @@ struct mergekit_method {
     std::vector<mergekit_parameter> parameters{};
     bool semantics = false; ///< its table has presets
     std::size_t fewest = 1, most = 1000; ///< models that it takes beside the base
+    std::size_t walks = 1; ///< how often it reads its models as a rule, where its result is worked out and read once
 };
 /// All that both have.
 [[nodiscard]] const std::vector<mergekit_method>& mergekit_methods();

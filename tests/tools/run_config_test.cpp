@@ -1110,6 +1110,10 @@ TEST_CASE("several documents are stages, whose results later ones take by name")
     has(m.refusal(first + "---\n" + first + "---\n" + second), "the name of two documents");
     has(m.refusal("name: a/b\n" + first.substr(first.find('\n') + 1) + "---\n" + second), "'a/b'");
     for (const auto& name : names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
+    // A result whose dtypes are kept is stored.
+    CHECK(same(m.result(first + "taskvec: {dtype: keep}\n---\n" + second), found));
+    has(m.run_it({"--explain"}).out, "into 'mixed', which is stored until the last merge is done: layers that are");
+    for (const auto& name : names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
     m.write(first + "---\n" + second);
     CHECK(m.run_it({"--dry-run"}).code == 2);
 }
@@ -1147,6 +1151,42 @@ TEST_CASE("--explain of several documents says of each what would be done, in or
     CHECK_FALSE(std::filesystem::exists(m.folder / "out"));
     CHECK(std::filesystem::is_empty(m.folder / "temporary"));
     CHECK(m.run_it({}).code == 0);
+}
+
+TEST_CASE("results that would be worked out again and again are stored once")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    // Each takes the two before it; of the last, which n11 goes into, n10 and n11 are worked out once, n9 twice …
+    const auto merge = [](const std::string& base, const std::string& task) {
+        return "merge_method: task_arithmetic\nbase_model: " + base + "\nmodels:\n  - {model: " + task
+            + ", parameters: {weight: 0.4}}\n  - {model: b, parameters: {weight: 0.3}}\n";
+    };
+    const auto name = [](int i) { return "n" + std::to_string(i); };
+    std::vector<std::string> documents;
+    std::string all;
+    for (int i = 0; i <= 12; ++i) {
+        documents.push_back(merge(i < 2 ? "base" : i == 12 ? "base" : name(i - 2), i == 0 ? "a" : name(i - 1)));
+        all += i == 12 ? documents.back() : "name: " + name(i) + "\n" + documents.back() + "---\n";
+    }
+    const auto found = m.result(all);
+    const auto done = m.run_it({"--explain"});
+    CHECK(done.code == 0);
+    for (int i = 0; i < 12; ++i) {
+        has(done.out,
+            "into '" + name(i) + "', which is "
+                + (i == 5        ? "stored until the last merge is done: it would be worked out 13 times"
+                        : i == 4 ? "stored until the last merge is done: it would be worked out 9 times"
+                                 : "worked out while it is read"));
+    }
+    for (const auto& entry : std::filesystem::directory_iterator(m.folder / "")) {
+        CHECK_FALSE(entry.path().filename().string().starts_with(".taskvec"));
+    }
+    for (int i = 0; i < 12; ++i) { // one after the other, each stored
+        m.write(documents[static_cast<std::size_t>(i)]);
+        REQUIRE(run(m.folder, {"run", "config.yml", "--out", name(i)}).code == 0);
+    }
+    CHECK(same(found, m.result(documents.back())));
 }
 
 TEST_CASE("the configurations that the fuzzer of run begins with are merged or refused")
@@ -1240,7 +1280,9 @@ struct family : configured {
         return all;
     }
     /// What several documents give is, file for file, what they give one after the other, each stored under its name.
-    void check_as_stored(const std::vector<std::pair<std::string, std::string>>& documents) const
+    /// `times`: of those that are stored, how often they would be worked out.
+    void check_as_stored(const std::vector<std::pair<std::string, std::string>>& documents,
+        const std::map<std::string, int>& times = {}) const
     {
         std::string all, said;
         for (const auto& [name, text] : documents) {
@@ -1249,7 +1291,11 @@ struct family : configured {
         run_to("together", all, &said);
         std::vector<std::string> stored;
         for (const auto& [name, text] : documents) {
-            if (!name.empty()) { has(said, "taskvec: note: '" + name + "' is worked out while it is read\n"); }
+            const auto often = times.find(name);
+            const auto fate = often == times.end() ? std::string("worked out while it is read\n")
+                                                   : "stored until the last merge is done: it would be worked out "
+                    + std::to_string(often->second) + " times\n";
+            if (!name.empty()) { has(said, "taskvec: note: '" + name + "' is " + fate); }
             run_to(name.empty() ? "apart" : name, text);
             if (!name.empty()) { stored.push_back(name); }
         }
@@ -1302,13 +1348,14 @@ TEST_CASE("stages that are worked out while they are read give every file that s
             {"", weighted("dare_linear", {{"ranked", "1"}, {"c", "0.5"}}, "base", "parameters: {density: 0.5}\n")}});
     // A chain, a stage in two others and in the last one, values by filter.
     m.check_as_stored({{"first", mixed},
-        {"second",
-            "merge_method: slerp\nbase_model: first\nmodels: [{model: first}, {model: b}]\n"
-            "parameters:\n  t:\n    - {filter: mlp, value: [0.2, 0.8]}\n    - value: 0.5\n"},
-        {"third", weighted("nuslerp", {{"second", "0.6"}, {"first", "0.4"}})},
-        {"",
-            weighted("breadcrumbs", {{"third", "1"}, {"first", "0.5"}, {"second", "0.25"}}, "first",
-                "parameters: {density: 0.6}\n")}});
+                          {"second",
+                              "merge_method: slerp\nbase_model: first\nmodels: [{model: first}, {model: b}]\n"
+                              "parameters:\n  t:\n    - {filter: mlp, value: [0.2, 0.8]}\n    - value: 0.5\n"},
+                          {"third", weighted("nuslerp", {{"second", "0.6"}, {"first", "0.4"}})},
+                          {"",
+                              weighted("breadcrumbs", {{"third", "1"}, {"first", "0.5"}, {"second", "0.25"}}, "first",
+                                  "parameters: {density: 0.6}\n")}},
+        {{"first", 11}, {"second", 9}}); // breadcrumbs reads its models 4 times, nuslerp and slerp twice
     // An adapter on a stage.
     std::filesystem::create_directories(m.folder / "lora");
     const std::string module = "base_model.model.model.layers.1.mlp";
