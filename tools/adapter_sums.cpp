@@ -99,7 +99,7 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
     if (changes_.empty() && taken_.empty()) {
         std::vector<std::string> names;
         for (const auto& [name, tensor] : base_) { names.push_back(name); }
-        check_patterns(how.included, "--include", names, "tensor of '" + how.base_path.string() + "'");
+        check_patterns(how.included, "--include", names, "tensor of " + how.base_label());
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             "no module of the adapters is left: there is nothing to add to the base");
     }
@@ -221,7 +221,7 @@ template <class T>
 void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
 {
     const auto tie = tied_matrix_of(config_beside(how.base_path), base_);
-    const std::string base_label = in_quotes(how.base_path);
+    const std::string base_label = how.base_label();
     const auto names_of = [&](const auto& matches) {
         std::string found;
         for (const auto& [module, made] : read.modules) {
@@ -323,7 +323,7 @@ void adapter_sum::add(
     check_saved_modules(read, run);
     if (read.dialect == taskvec::adapter_dialect::mlx) {
         const auto layers = config.find("num_hidden_layers");
-        taskvec::check_mlx_base(read, base_, taskvec::match_modules(read, base_), in_quotes(how.base_path),
+        taskvec::check_mlx_base(read, base_, taskvec::match_modules(read, base_), how.base_label(),
             layers != config.end() && layers->is_number_integer() ? std::optional(layers->get<std::int64_t>())
                                                                   : std::nullopt);
     }
@@ -368,7 +368,7 @@ void adapter_sum::add(
         about.greatest_rank = std::max(about.greatest_rank, rank);
     }
     facts_.push_back(about);
-    const std::string base_label = in_quotes(how.base_path);
+    const std::string base_label = how.base_label();
     // Shapes tell more than the configuration, which may be of a model that is not known here.
     const bool linear = config.contains("model_type") && !has_conv1d_layers(config) && !how.fan_in_fan_out
         && !taskvec::shows_in_by_out(base_, read, match);

@@ -62,6 +62,9 @@ public:
         bool fan_in_fan_out = false; ///< square weights lie in×out
         bool subtract = false;
         bool may_untie = true; ///< a head that is tied to an embedding may become a tensor of its own
+        std::string label{}; ///< what messages call the base; empty: its path
+
+        [[nodiscard]] std::string base_label() const { return label.empty() ? in_quotes(base_path) : label; }
     };
     adapter_sum(const std::vector<task_argument>& arguments, const taskvec::checkpoint& base, const settings& how,
         const run_options& run);

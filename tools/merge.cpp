@@ -16,9 +16,12 @@
 #include <cstdint>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -85,7 +88,7 @@ void add_files(model_folder& out, const merge_request& request, const copy_reque
             [](const taskvec::tensor_spec& spec) { return spec.name.ends_with("lm_head.weight"); });
     add_model_files(out, copies, request.run,
         {"Merged by " + request.method, request.method, recipe_models(request, inputs), options, layers, untied,
-            &inputs.vocabulary()},
+            &inputs.vocabulary(), request.called},
         plan.specs);
 }
 
@@ -163,6 +166,42 @@ private:
     taskvec::const_model_ref model_;
 };
 
+/// Checks what a method finds in what it reads beside the models, and what values do together (weights that sum to 0):
+/// as the merge does before it reads a tensor, on none, with the values of each.
+void examine(const method_entry& method, const method_call& call)
+{
+    method.examine(call);
+    if (!method.run_on_read || !method.lists.empty()) { return; }
+    const taskvec::aligned_models none(call.models, std::span<const std::size_t>());
+    option_values common;
+    std::copy_if(call.values.begin(), call.values.end(), std::back_inserter(common),
+        [](const option_value& value) { return !value.by_tensor; });
+    std::set<std::vector<std::string>> seen;
+    for (const auto& tensor : call.models.tensors()) {
+        auto values = common;
+        if (call.values_of) {
+            for (auto& value : call.values_of(tensor.name)) { values.push_back(std::move(value)); }
+        }
+        const auto weights = call.weights_of ? call.weights_of(tensor.name) : call.weights;
+        method_call one{call.policy, none, values, weights, call.request, call.inputs};
+        one.of_tasks = call.of_tasks_in ? call.of_tasks_in(tensor.name) : call.of_tasks;
+        std::vector<std::string> key;
+        const auto add = [&](const option_values& list) {
+            for (const auto& value : list) {
+                key.push_back(value.name);
+                key.push_back(value.text);
+            }
+            key.emplace_back();
+        };
+        add(values);
+        for (const auto& own : one.of_tasks) { add(own); }
+        for (const double weight : weights) { key.push_back(taskvec::csv_number(weight)); }
+        if (!seen.insert(std::move(key)).second) { continue; }
+        taskvec::const_model_ref nothing;
+        (void)method.run_on_read(one, nothing);
+    }
+}
+
 /// A merge whose shards stay when it is killed (--resume).
 struct resumable_merge {
     resumed_work work;
@@ -220,7 +259,7 @@ void run_merge(const merge_request& request)
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);
     if (request.run.dry_run) {
-        method.examine(call);
+        examine(method, call);
         const auto bytes = bytes_of(plan);
         check_space(request.out, bytes);
         print("would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
@@ -276,7 +315,7 @@ void explain_merge(const merge_request& request, const std::string& fate)
     const merge_inputs inputs(request, method.needs_base);
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);
-    method.examine(call);
+    examine(method, call);
     std::string text = "would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
         + called(request, request.out) + "'" + (fate.empty() ? "" : ", which " + fate) + "\n"
         + describe(request, inputs) + "  options " + json_of(method.values(request.options)).dump() + "\n";

@@ -266,7 +266,7 @@ bool update_quantisation(
         *place = *theirs;
         changed = true;
         note(run,
-            "config.json: " + keys.back() + " is that of '" + first->path().string() + "', whose layers these are");
+            "config.json: " + keys.back() + " is that of " + how.label_of(first->path()) + ", whose layers these are");
     }
     auto& said = *place;
     if (!said.is_object()) { return changed; }
@@ -578,7 +578,8 @@ void add_model_files(model_folder& out, const copy_request& copies, const run_op
             if (copies.from.empty()) { tokenizer = how.vocabulary->tokenizer_files(run); }
             else {
                 note(run,
-                    "the tokenizer is that of '" + copies.from + "' as it is: --vocabulary changes only the base's");
+                    "the tokenizer is that of " + how.label_of(copies.from)
+                        + " as it is: --vocabulary changes only the base's");
             }
         }
         const auto with_template = [&](const std::string& name, const fs::path& file, const std::string& text) {
@@ -591,8 +592,8 @@ void add_model_files(model_folder& out, const copy_request& copies, const run_op
                 return one.first == "tokenizer_config.json";
             })) {
             note(run,
-                "'" + source.string()
-                    + "' has no tokenizer_config.json: the chat template is written as "
+                how.label_of(source)
+                    + " has no tokenizer_config.json: the chat template is written as "
                       "chat_template.jinja");
             out.add_file("chat_template.jinja", *copies.chat_template);
         }
@@ -624,7 +625,7 @@ void add_model_files(model_folder& out, const copy_request& copies, const run_op
             out.add_file(name, updated.empty() ? text : updated);
         }
         if (files.empty()) {
-            note(run, "'" + source.string() + "' holds no configuration or tokenizer: only weights are written");
+            note(run, how.label_of(source) + " holds no configuration or tokenizer: only weights are written");
         }
     }
     if (copies.no_card) { return; }

@@ -8,6 +8,7 @@
 
 #include <nlohmann/json_fwd.hpp>
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,14 @@ struct recipe {
     model_view layers{}; ///< of which its layers are, where they are not those of the first model
     bool untied = false; ///< the head is no longer the embedding
     const lined_up_vocabulary* vocabulary = nullptr; ///< what became of rows of tokens
+    std::map<std::string, std::string> called{}; ///< model_request's
+
+    /// What a model is called in what is said.
+    [[nodiscard]] std::string label_of(const fs::path& path) const
+    {
+        const auto place = called.find(path.string());
+        return "'" + (place == called.end() ? path.string() : place->second) + "'";
+    }
 };
 /// The models of a merge.
 [[nodiscard]] std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs);

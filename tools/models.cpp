@@ -214,6 +214,12 @@ fs::path model_of_task(const model_request& request, const task_argument& task)
     return place == request.adapters.end() || place->second.empty() ? task.path : fs::path(place->second);
 }
 
+/// What a model is called in what is said.
+std::string label_of(const model_request& request, const fs::path& path)
+{
+    return "'" + called(request, path.string()) + "'";
+}
+
 bool computes(taskvec::dtype type)
 {
     return taskvec::is_storage(type) || taskvec::is_fp8(type);
@@ -264,14 +270,14 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     if (!request.shard_size.empty()) { (void)parse_size(request.shard_size, "--shard-size"); }
     if (base_wanted || !request.base.empty()) {
         base_.emplace(open(request, request.base, ""));
-        options.base_label = in_quotes(request.base);
+        options.base_label = label_of(request, request.base);
         if (!request.base_adapter.empty()) {
             put_on(*base_, parse_task(request.base_adapter, "the base's adapter"), request, std::nullopt);
         }
     }
     for (const auto& task : arguments_) {
         if (const auto place = request.adapters.find(task.text); place != request.adapters.end()) {
-            options.labels.push_back(in_quotes(task.path));
+            options.labels.push_back(label_of(request, task.path));
             if (place->second.empty()) {
                 add_adapter(request, task, tasks_.size());
                 continue;
@@ -284,12 +290,12 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         weights_.push_back(task.weight);
         const auto& rules = rules_of(request, task.text);
         tasks_.push_back(open(request, task.path, task.text));
-        options.labels.push_back(in_quotes(task.path));
+        options.labels.push_back(label_of(request, task.path));
         if (task.time > 1) {
-            note(request.run, in_quotes(task.path) + " is given " + (task.time == 2 ? "twice" : "again"));
+            note(request.run, label_of(request, task.path) + " is given " + (task.time == 2 ? "twice" : "again"));
         }
         if (base_ && rules.empty() && place_of(task.path) == place_of(request.base)) {
-            note(request.run, in_quotes(task.path) + " is the base itself: its task vector is 0");
+            note(request.run, label_of(request, task.path) + " is the base itself: its task vector is 0");
         }
     }
     check_layers(request);
@@ -332,10 +338,10 @@ taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::p
     if (view == request.views.end()) { return model; }
     const auto own = model.model();
     std::vector<layers_taken> taken;
-    const auto check = [](const taskvec::checkpoint& one) {
+    const auto check = [&request](const taskvec::checkpoint& one) {
         if (one.layers() && (!one.layers()->layers().empty() || !one.layers()->unread().empty())) {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::layer_split,
-                in_quotes(one.path())
+                label_of(request, one.path())
                     + " has quantised layers, which are not taken apart: store it as numbers first (taskvec convert)");
         }
     };
@@ -351,7 +357,7 @@ taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::p
             if (request.match_prefixes) { // one result has one name for what is the same
                 const auto match = tool::match_prefixes(parts_.back().model(), own);
                 if (!match.names.empty()) {
-                    note(request.run, "names of " + in_quotes(part.path) + ": " + match.words());
+                    note(request.run, "names of " + label_of(request, part.path) + ": " + match.words());
                     parts_.back().set_model(renamed(parts_.back().model(), match));
                 }
             }
@@ -376,7 +382,8 @@ void merge_inputs::add_adapter(const model_request& request, const task_argument
                 .include = name_filter(request.include, request.exclude),
                 .included = request.include,
                 .names = request.names,
-                .may_untie = false},
+                .may_untie = false,
+                .label = label_of(request, request.base)},
             request.run));
     weights_.push_back(1);
     tasks_.push_back(
@@ -392,8 +399,9 @@ void merge_inputs::put_on(taskvec::checkpoint& model, const task_argument& adapt
             "a model with an adapter is for the cpu; leave --device out, or store it first (taskvec fuse)");
     }
     auto& sum = worn_[t];
-    sum = std::make_unique<adapter_sum>(
-        std::vector{adapter}, model, adapter_sum::settings{.base_path = model.path(), .may_untie = false}, request.run);
+    sum = std::make_unique<adapter_sum>(std::vector{adapter}, model,
+        adapter_sum::settings{.base_path = model.path(), .may_untie = false, .label = label_of(request, model.path())},
+        request.run);
     auto changed = model.model();
     for (auto& source : sum->changes().put_into(changed)) { sources_.push_back(std::move(source)); }
     model.set_model(std::move(changed));
@@ -423,8 +431,8 @@ void merge_inputs::check_layers(const model_request& request) const
                     const auto name = std::string(taskvec::layer_stem(layer.name)) + part.leaf;
                     if (!matches(name)) { continue; }
                     taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::layer_split,
-                        taskvec::message(option, " '", pattern, "' matches '", name, "' of ", in_quotes(model.path()),
-                            ", which is part of the quantised layer '", layer.name,
+                        taskvec::message(option, " '", pattern, "' matches '", name, "' of ",
+                            label_of(request, model.path()), ", which is part of the quantised layer '", layer.name,
                             "': name the whole layer, by that name"));
                 }
             }
@@ -436,7 +444,7 @@ void merge_inputs::check_layers(const model_request& request) const
         split(model, request.exclude, "--exclude");
         split(model, request.include, "--include");
         if (request.run.device != "cpu" && !model.layers()->layers().empty()) {
-            throw usage_error(taskvec::message("--device ", request.run.device, ": ", in_quotes(model.path()),
+            throw usage_error(taskvec::message("--device ", request.run.device, ": ", label_of(request, model.path()),
                 " has quantised layers, which are for the cpu; leave --device out"));
         }
     };
@@ -454,7 +462,7 @@ void merge_inputs::check_scales(const model_request& request) const
 
 std::string merge_inputs::name_of_base(const model_request& request) const
 {
-    return in_quotes(base_ ? fs::path(request.base) : arguments_.front().path);
+    return label_of(request, base_ ? fs::path(request.base) : arguments_.front().path);
 }
 
 void check_no_factors(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include)
@@ -498,14 +506,15 @@ void merge_inputs::line_up(const model_request& request)
             if (added.empty()) { continue; }
             first.set_model(std::move(model));
             note(request.run,
-                in_quotes(model_of_task(request, arguments_[t])) + " has a head of its own, '" + added + "'; that of "
-                    + in_quotes(reference_path) + " is its embedding (config.json: tie_word_embeddings)");
+                label_of(request, model_of_task(request, arguments_[t])) + " has a head of its own, '" + added
+                    + "'; that of " + label_of(request, reference_path)
+                    + " is its embedding (config.json: tie_word_embeddings)");
         }
     }
     for (std::size_t t = base_ ? 0 : 1; t < tasks_.size(); ++t) {
         if (adapter(t)) { continue; }
         auto& task = tasks_[t];
-        const auto label = in_quotes(model_of_task(request, arguments_[t]));
+        const auto label = label_of(request, model_of_task(request, arguments_[t]));
         std::size_t extra = 0, lacking = 0, present = 0;
         for (const auto& [name, tensor] : task.model()) {
             extra += !first.model().find(name) && (!options.include || options.include(name)) ? 1u : 0u;
@@ -525,21 +534,21 @@ void merge_inputs::line_up(const model_request& request)
             }
             else if (!match.names.empty() && (extra > 0 || request.missing == "error" || present == 0)) {
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
-                    taskvec::message(label, " and ", in_quotes(reference_path), " call tensors differently: ",
+                    taskvec::message(label, " and ", label_of(request, reference_path), " call tensors differently: ",
                         match.same, " of ", task.model().size(), " have one name, ", match.names.size(),
                         " more have with ", match.words(), ": ", match.ways("--task " + arguments_[t].path.string())));
             }
             else if (!match.doubtful.empty() && match.same == 0) {
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
-                    taskvec::message("no tensor of ", label, " has a name of ", in_quotes(reference_path), "; '",
-                        match.doubtful[0], "' and '", match.doubtful[1],
+                    taskvec::message("no tensor of ", label, " has a name of ", label_of(request, reference_path),
+                        "; '", match.doubtful[0], "' and '", match.doubtful[1],
                         "' would both do before its names: say which by --rename, such as --rename '^=",
                         match.doubtful[0], "' after its --task"));
             }
         }
         auto model = task.model();
-        const auto notes = resolve_ties(
-            model, first.model(), says_tied(model_of_task(request, arguments_[t])), label, in_quotes(reference_path));
+        const auto notes = resolve_ties(model, first.model(), says_tied(model_of_task(request, arguments_[t])), label,
+            label_of(request, reference_path));
         if (!notes.empty()) { task.set_model(std::move(model)); }
         for (const auto& text : notes) { note(request.run, text); }
     }
@@ -549,10 +558,10 @@ void merge_inputs::line_up(const model_request& request)
 void merge_inputs::line_up_vocabulary(const model_request& request)
 {
     std::vector<vocabulary_input> inputs;
-    if (base_) { inputs.push_back({request.base, in_quotes(request.base), &base_->model()}); }
+    if (base_) { inputs.push_back({request.base, label_of(request, request.base), &base_->model()}); }
     for (std::size_t t = 0; t < tasks_.size(); ++t) {
         const auto path = model_of_task(request, arguments_[t]);
-        inputs.push_back({adapter(t) ? fs::path(request.base) : path, in_quotes(path), &tasks_[t].model()});
+        inputs.push_back({adapter(t) ? fs::path(request.base) : path, label_of(request, path), &tasks_[t].model()});
     }
     vocabulary_ = std::make_unique<lined_up_vocabulary>(inputs, vocabulary_policy_of(request.vocabulary),
         name_filter(request.include, request.exclude), request.run, request.rows_of_tokens);
@@ -566,8 +575,9 @@ void merge_inputs::line_up_vocabulary(const model_request& request)
         for (const auto& name : vocabulary_->tensors()) {
             if (!sum->changes().changes().contains(name)) { continue; }
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
-                taskvec::message("--vocabulary ", request.vocabulary, ": the adapter ", in_quotes(arguments_[t].path),
-                    " changes '", name, "', whose rows are lined up: store its model first (taskvec fuse)"));
+                taskvec::message("--vocabulary ", request.vocabulary, ": the adapter ",
+                    label_of(request, arguments_[t].path), " changes '", name,
+                    "', whose rows are lined up: store its model first (taskvec fuse)"));
         }
     }
 }
@@ -618,7 +628,7 @@ void merge_inputs::note_what_is_missing(const model_request& request) const
                 if (first.empty()) { first = tensor.name; }
             }
         }
-        const auto label = in_quotes(arguments_[t].path);
+        const auto label = label_of(request, arguments_[t].path);
         const bool gives_nothing = std::none_of(models_->tensors().begin(), models_->tensors().end(),
             [&](const taskvec::aligned_tensor& tensor) { return !lacks(tensor.name); });
         if (gives_nothing) {
@@ -654,7 +664,7 @@ void merge_inputs::note_copies_of_the_base(const model_request& request) const
         if (noted || adapter(t) || !equals_base(*models_, t)) { continue; }
         const auto count = models_->tensors().size();
         note(request.run,
-            taskvec::message(in_quotes(task.path), " has the base's bytes in ",
+            taskvec::message(label_of(request, task.path), " has the base's bytes in ",
                 count == 1 ? std::string("the tensor that takes part")
                            : "all " + counted(count, "tensor") + " that take part",
                 ": its task vector is 0"));
@@ -711,12 +721,14 @@ std::string layers_text(const taskvec::checkpoint& model)
     return text;
 }
 
-taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
-    const taskvec::checkpoint& reference, const std::string& dtype, const taskvec::const_model_ref* lined_up)
+namespace {
+
+/// outputs_of() of a reference that is called so.
+taskvec::quantised_outputs outputs_beside(const run_options& run, const taskvec::aligned_models& models,
+    const taskvec::checkpoint& reference, const std::string& label, const std::string& dtype,
+    const taskvec::const_model_ref& lined_up)
 {
-    auto plan =
-        taskvec::plan_outputs(models, lined_up ? *lined_up : reference.model(), reference.layers(), dtype == "keep");
-    const std::string label = in_quotes(reference.path());
+    auto plan = taskvec::plan_outputs(models, lined_up, reference.layers(), dtype == "keep");
     if (plan.dequantised > 0) {
         std::string ways; // --dtype keep is for what is written again
         if (dtype.empty()) {
@@ -752,9 +764,20 @@ taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::ali
     return plan;
 }
 
+} // namespace
+
+taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
+    const taskvec::checkpoint& reference, const std::string& dtype, const taskvec::const_model_ref* lined_up)
+{
+    return outputs_beside(
+        run, models, reference, in_quotes(reference.path()), dtype, lined_up ? *lined_up : reference.model());
+}
+
 taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs)
 {
-    return outputs_of(request.run, inputs.models(), inputs.reference(), request.dtype, &inputs.reference_model());
+    const auto& reference = inputs.reference();
+    return outputs_beside(request.run, inputs.models(), reference, label_of(request, reference.path()), request.dtype,
+        inputs.reference_model());
 }
 
 taskvec::metadata_map metadata_of(taskvec::metadata_map metadata, const std::vector<taskvec::tensor_spec>& specs)

@@ -6177,8 +6177,10 @@ public:
         if (out != update.out() || in != update.in()) {
             const bool turned = rows == update.in() && columns == update.out();
             raise<shape_mismatch>(error_code::adapter_shape,
-                message("tensor '", tensor, "' has shape ", to_string(to.shape), ", but its update in ", label, " is ",
-                    update.out(), "×", update.in(), place.transposed ? " (transposed)" : "",
+                message("tensor '", tensor, "' has shape ", to_string(to.shape),
+                    place.slices ? message(", one of ", place.slices, " parts is ", rows, "×", columns) : std::string(),
+                    ", but its update in ", label, " is ", update.out(), "×", update.in(),
+                    place.transposed ? " (transposed)" : "",
                     turned ? ": it fits the other way round (fan_in_fan_out)"
                            : ": this adapter belongs to another base"));
         }

@@ -1153,6 +1153,49 @@ TEST_CASE("--explain of several documents says of each what would be done, in or
     CHECK(m.run_it({}).code == 0);
 }
 
+TEST_CASE("--explain and dry runs refuse weights that cannot be divided by, as the merge does")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto linear = [](const std::string& name, const std::string& first, const std::string& second) {
+        return "name: " + name + "\nmerge_method: linear\nmodels:\n  - {model: a, parameters: {weight: " + first
+            + "}}\n  - {model: b, parameters: {weight: " + second + "}}\n";
+    };
+    const std::string last = "---\nmerge_method: passthrough\nmodels: [{model: mixed}]\n",
+                      by_filter = "[{filter: mlp, value: -1}, {value: 1}]";
+    for (const auto& text : {linear("mixed", "1", "-1") + last, linear("mixed", "1", by_filter) + last,
+             linear("alone", "1", "-1"), linear("alone", "1", by_filter)}) {
+        m.write(text);
+        for (const std::vector<std::string>& more :
+            {std::vector<std::string>{}, std::vector<std::string>{"--explain"}}) {
+            const auto done = m.run_it(more);
+            CAPTURE(text);
+            CHECK(done.code == 1);
+            has(done.err, "error: config.yml:2:15: the weights of an average sum to 0");
+            CHECK_FALSE(std::filesystem::exists(m.folder / "out"));
+        }
+    }
+    m.write(linear("alone", "1", "[{filter: mlp, value: 0.5}, {value: 1}]"));
+    CHECK(m.run_it({"--explain"}).code == 0);
+    const auto dry =
+        run(m.folder, {"merge", "--method", "average", "--task", "a=1", "--task", "b=-1", "--out", "x", "--dry-run"});
+    CHECK(dry.code == 1);
+    has(dry.err, "the weights of an average sum to 0");
+}
+
+TEST_CASE("what is said of a document's result calls it by its name")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string base = "merge_method: passthrough\nmodels: [{model: base}]\n---\n";
+    m.write("name: copy\n" + base + "name: twin\n" + base + "merge_method: task_arithmetic\nbase_model: copy\n"
+        + "models: [{model: twin, parameters: {weight: 1}}]\n");
+    const auto done = m.run_it();
+    CHECK(done.code == 0);
+    has(done.err, "note: 'twin' has the base's bytes in all 8 tensors that take part");
+    CHECK(done.err.find(".taskvec") == done.err.npos);
+}
+
 TEST_CASE("results that would be worked out again and again are stored once")
 {
     const configured m;
