@@ -36,6 +36,15 @@ void write_inputs(const scratch& folder)
     write_adapter(folder / "lb", 2);
 }
 
+/// The number of a process that is no more.
+std::string number_of_dead_process()
+{
+    const pid_t child = ::fork();
+    if (child == 0) { ::_exit(0); }
+    ::waitpid(child, nullptr, 0);
+    return std::to_string(child);
+}
+
 } // namespace
 
 TEST_CASE("where standard output is closed, full or a broken pipe, no output appears")
@@ -118,10 +127,7 @@ TEST_CASE("SIGQUIT ends as SIGTERM does: one line, nothing left")
 TEST_CASE("clean removes what dead runs left, and nothing else")
 {
     const scratch folder;
-    const pid_t child = ::fork();
-    if (child == 0) { ::_exit(0); }
-    ::waitpid(child, nullptr, 0);
-    const auto dead = ".taskvec-" + std::to_string(child), alive = ".taskvec-" + std::to_string(::getpid());
+    const auto dead = ".taskvec-" + number_of_dead_process(), alive = ".taskvec-" + std::to_string(::getpid());
     spill(folder / (dead + "-0.tmp"), "x");
     std::filesystem::create_directory(folder / (dead + "-directory-1.tmp"));
     spill(folder / (dead + "-directory-1.tmp/model.safetensors"), "x");
@@ -143,10 +149,8 @@ TEST_CASE("clean removes what dead runs left, and nothing else")
 TEST_CASE("clean leaves what somebody has locked, in whichever container its process is")
 {
     const scratch folder;
-    const pid_t child = ::fork();
-    if (child == 0) { ::_exit(0); }
-    ::waitpid(child, nullptr, 0);
-    const auto name = ".taskvec-" + std::to_string(child) + "-0.tmp";
+    const auto dead = number_of_dead_process();
+    const auto name = ".taskvec-" + dead + "-0.tmp";
     spill(folder / name, "x");
     {
         const taskvec::detail::descriptor held(taskvec::detail::system::open_to_read(folder / name));
@@ -179,12 +183,10 @@ TEST_CASE("the advice to clean is a line for the shell, whatever the directory i
 {
     const scratch folder;
     write_inputs(folder);
-    const pid_t child = ::fork();
-    if (child == 0) { ::_exit(0); }
-    ::waitpid(child, nullptr, 0);
+    const auto dead = number_of_dead_process();
     for (const std::string name : {"my models", "it's", "plain"}) {
         std::filesystem::create_directory(folder / name);
-        const auto left = folder / name / (".taskvec-" + std::to_string(child) + "-0.tmp");
+        const auto left = folder / name / (".taskvec-" + dead + "-0.tmp");
         spill(left, "x");
         const auto said = run(folder,
             {"merge", "--method", "average", "--task", "a.safetensors", "--task", "base.safetensors", "--out",
@@ -234,10 +236,8 @@ TEST_CASE("what killed runs left beside an output is noted, with what removes it
 {
     const scratch folder;
     write_inputs(folder);
-    const pid_t child = ::fork();
-    if (child == 0) { ::_exit(0); }
-    ::waitpid(child, nullptr, 0);
-    const auto left = ".taskvec-" + std::to_string(child) + "-0.tmp";
+    const auto dead = number_of_dead_process();
+    const auto left = ".taskvec-" + dead + "-0.tmp";
     spill(folder / left, "x");
     std::vector<std::string> merge{
         "merge", "--method", "average", "--task", "a.safetensors", "--task", "base.safetensors", "--out", "o"};
@@ -256,10 +256,8 @@ TEST_CASE("what killed runs left beside an output is noted, with what removes it
 
 TEST_CASE("what a killed run had put aside comes back with clean, or with the next run")
 {
-    const pid_t child = ::fork();
-    if (child == 0) { ::_exit(0); }
-    ::waitpid(child, nullptr, 0);
-    const auto aside = ".taskvec-" + std::to_string(child) + "-directory-0.tmp";
+    const auto dead = number_of_dead_process();
+    const auto aside = ".taskvec-" + dead + "-directory-0.tmp";
     for (const bool by_clean : {true, false}) {
         const scratch folder;
         write_inputs(folder);
