@@ -90,6 +90,7 @@ CLI::Option* finished(CLI::Option* option, const std::string& unit, presence how
 
 int fail(const std::string& what)
 {
+    if (!take_last_word()) { return 1; }
     std::cerr << "taskvec: error: " << printable(what) << '\n';
     return 1;
 }

@@ -78,6 +78,7 @@ void remove_temporaries()
 /// What a second signal does: a terminal that closes sends two, and who presses Ctrl-C twice does not want to wait.
 void leave_at_once() noexcept
 {
+    if (!take_last_word()) { return; } // the end is being said already
     if (!are_outputs_there()) {
         write_text("taskvec: error: interrupted; each output is the old one or the new one, whole\n");
     }
@@ -192,6 +193,12 @@ struct opened_files {
 };
 
 } // namespace
+
+bool take_last_word() noexcept
+{
+    static std::atomic<bool> taken{false};
+    return !taken.exchange(true);
+}
 
 void say_plainly(const char* text)
 {

@@ -27,6 +27,8 @@ namespace tool {
 void install_handlers();
 /// Throws io_error (file_changed) where a file that was opened by these functions is no longer what it was.
 void check_inputs();
+/// Whether the caller is to say how the process ends: true once, so that an error and a signal are one line.
+[[nodiscard]] bool take_last_word() noexcept;
 /// Says one line on standard error, and nothing else: no memory is needed.
 void say_plainly(const char* text);
 /// Whether an interrupt (SIGINT, SIGTERM, SIGHUP, SIGQUIT) has asked the tool to stop.
