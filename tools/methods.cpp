@@ -69,7 +69,8 @@ std::string defaults_text(const std::vector<std::pair<std::string, std::string>>
 {
     std::vector<std::pair<std::string, std::vector<std::string>>> values; // and who has them
     for (const auto& [who, value] : defaults) {
-        auto place = std::find_if(values.begin(), values.end(), [&](const auto& one) { return one.first == value; });
+        auto place = std::find_if(
+            values.begin(), values.end(), [&value = value](const auto& one) { return one.first == value; });
         if (place == values.end()) { place = values.insert(place, {value, {}}); }
         place->second.push_back(who);
     }

@@ -4,6 +4,7 @@
 #include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/methods/streamed.hpp>
 
+#include "../capture.hpp"
 #include "../reference/linear_layers.hpp"
 #include "on_device.hpp"
 
@@ -127,7 +128,7 @@ TEST_CASE_TEMPLATE("RegMean merges layers as the CPU does, in both layouts, and 
     for (const auto layout : {weight_layout::out_in, weight_layout::in_out}) {
         for (const auto& [n, p] :
             {std::pair<std::size_t, std::size_t>{1, 1}, {7, 300}, {150, 3}, {40, 40}, {24, 700}}) {
-            CAPTURE(n);
+            CAPTURE_BOUND(n);
             const testing::linear_layers<T> net(n, p, 3, 2 * n + 5, 3, layout);
             for (const double alpha : {0.9, 0.0}) {
                 auto options = net.options(alpha);

@@ -105,8 +105,8 @@ TEST_CASE("the Grams are those of the layers' inputs")
     CHECK(known[3].grams.at("fc1.weight").examples() == gram_images);
     for (const Eigen::Index i : {0, 20, 63}) {
         for (const Eigen::Index j : {1, 35, 62}) {
-            const auto at = [&](const char* weight) {
-                return known[3].grams.at(weight)(static_cast<std::size_t>(i), static_cast<std::size_t>(j));
+            const auto at = [&grams = known[3].grams, i, j](const char* weight) {
+                return grams.at(weight)(static_cast<std::size_t>(i), static_cast<std::size_t>(j));
             };
             CHECK(at("fc1.weight") == doctest::Approx(first(i, j)));
             CHECK(at("fc2.weight") == doctest::Approx(second(i, j)));
@@ -117,7 +117,7 @@ TEST_CASE("the Grams are those of the layers' inputs")
 TEST_CASE("merges that look at data, on full fine-tuning and from files")
 {
     const auto& [s, models, known] = run();
-    const auto average = [&](const encoder& model) { return mean(evaluate(model, s.base.head, s.test)); };
+    const auto average = [&s = s](const encoder& model) { return mean(evaluate(model, s.base.head, s.test)); };
     const double pre_trained = average(s.base.body);
     const encoder by_fisher = fisher_merged(s, models, known);
     const auto regmean = tuned_regmean(s, models, known);

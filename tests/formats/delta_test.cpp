@@ -296,7 +296,7 @@ TEST_CASE("delta files damaged at random are read or refused, never more")
         try {
             const auto back = read_delta(folder / "f");
             for (const auto& [name, tensor] : back.tensors) {
-                std::visit([&](const auto& sparse) { CHECK_NOTHROW(check_sparse(sparse, name)); }, tensor);
+                std::visit([&name = name](const auto& sparse) { CHECK_NOTHROW(check_sparse(sparse, name)); }, tensor);
             }
             ++parsed;
         }

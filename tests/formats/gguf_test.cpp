@@ -4,6 +4,8 @@
 
 #include "scratch.hpp"
 
+#include "../capture.hpp"
+
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -156,7 +158,7 @@ TEST_CASE("GGUF adapters of eight families are written as gguf's writer has them
             }
             REQUIRE(read.modules.size() == adapter.modules.size());
             for (const auto& [module, one] : adapter.modules) {
-                CAPTURE(module);
+                CAPTURE_BOUND(module);
                 REQUIRE(read.modules.contains(module));
                 const auto& back = read.modules.at(module);
                 CHECK(same(back.update.a, one.update.a));

@@ -5,6 +5,8 @@
 
 #include "scratch.hpp"
 
+#include "../capture.hpp"
+
 #include <doctest/doctest.h>
 
 #include <functional>
@@ -141,7 +143,7 @@ void check_same(const checkpoint& found, const std::filesystem::path& expected)
     const auto model = file.model();
     REQUIRE(found.model().size() == model.size());
     for (const auto& [name, tensor] : model) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         const auto* const mine = found.model().find(name);
         REQUIRE(mine != nullptr);
         CHECK(mine->dtype == tensor.dtype);
@@ -193,7 +195,7 @@ TEST_CASE("tensors that do not lie row by row are read as rows")
     REQUIRE(model.notes().size() == 1);
     CHECK(model.notes()[0].find("9 tensors ('columns' …) do not lie row by row") != std::string::npos);
     for (const auto& [name, one] : tensors) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         const auto& found = *model.model().find(name);
         CHECK(found.shape == one.shape);
         REQUIRE(found.contiguous());
@@ -387,7 +389,7 @@ TEST_CASE("names by which pickles run code are refused wherever they stand")
             {"builtins", "eval"}, {"__builtin__", "exec"}, {"builtins", "__import__"}, {"builtins", "getattr"},
             {"subprocess", "Popen"}, {"importlib", "import_module"}, {"runpy", "_run_code"}, {"shutil", "rmtree"},
             {"urllib.request", "urlopen"}, {"torch.hub", "load"}}) {
-        CAPTURE(module);
+        CAPTURE_BOUND(module);
         const auto call = global(module, name) + "(" + text("touch x") + "tR";
         for (const auto& code :
             {dictionary({{"state_dict", state}, {"x", call}}), dictionary({{"x", call}, {"state_dict", state}}),

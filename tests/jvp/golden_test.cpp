@@ -1,6 +1,7 @@
 // The operations, a LoRA MLP and a transformer block against torch.func.jvp and torch.func.vjp; tests/data/README.md
 // says how the files were made.
 // SPDX-License-Identifier: Apache-2.0
+#include "../capture.hpp"
 #include "../reference/derivatives.hpp"
 
 #if !__has_include(<nlohmann/json.hpp>)
@@ -93,7 +94,7 @@ void for_each_case(const char* file_name, const F& f)
     }
     CHECK(!cases.empty());
     for (const auto& [name, one] : cases) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         f(name, one);
     }
 }

@@ -122,7 +122,7 @@ TEST_CASE("per-layer linearized adapters: forward and gradients against differen
     CHECK(gradients.size() == 8);
     for (auto& [name, layer] : net.linearized) {
         const eigen_matrix va = random_matrix(2, 6, 20), vb = random_matrix(6, 2, 21);
-        const auto value = [&](double a, double b) {
+        const auto value = [&, &layer = layer](double a, double b) {
             layer.delta_a() += a * va;
             layer.b() += b * vb;
             const double result = (cotangent.array() * vit::logits(net, p, x).array()).sum();

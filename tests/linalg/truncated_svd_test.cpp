@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/linalg/truncated_svd.hpp>
 
+#include "capture.hpp"
 #include "reference/random_matrix.hpp"
 #include "reference/svd.hpp"
 
@@ -78,7 +79,9 @@ TEST_CASE("leading SVD has the triples of known spectra, found without the rest 
                 const auto a = reference::matrix_with_spectrum<float>(m, n, sigma, 3 * m + n, order);
                 const auto plain = reference::plain<float>(a.view());
                 for (const std::size_t q : {1u, 4u, 6u, 8u}) {
-                    INFO(m, "×", n, ", q = ", q, ", sigma ends with ", sigma.back());
+                    CAPTURE_BOUND(m);
+                    CAPTURE_BOUND(n);
+                    INFO("q = ", q, ", sigma ends with ", sigma.back());
                     const auto found = detail::lanczos_svd<>(
                         cpu{}, a.view(), q, squared_norm<float>(cpu{}, a.view()), "w", detail::factor_place::kept);
                     REQUIRE(found.has_value());

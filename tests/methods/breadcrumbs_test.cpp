@@ -1,5 +1,6 @@
 // Model Breadcrumbs and its kin: masks against a sort, sums and elections over them, normalisation, L1 norms.
 // SPDX-License-Identifier: Apache-2.0
+#include "../capture.hpp"
 #include "../reference/kept.hpp"
 #include "../reference/random_models.hpp"
 
@@ -61,8 +62,8 @@ TEST_CASE_TEMPLATE("Breadcrumbs equal their definition, in either scope, normali
             {std::array{0.85, 0.01}, {0.3, 0.2}, {0.9, 0.4}, {1.0, 0.1}, {0.0001, 0.0}}) {
             for (const scope over : {scope::tensor, scope::model}) {
                 for (const bool normalize : {false, true}) {
-                    CAPTURE(density);
-                    CAPTURE(gamma);
+                    CAPTURE_BOUND(density);
+                    CAPTURE_BOUND(gamma);
                     const std::vector<std::size_t> stretches =
                         over == scope::model ? std::vector<std::size_t>{base.size()} : sizes;
                     auto kept = deltas;

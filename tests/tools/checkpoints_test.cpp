@@ -3,6 +3,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include "../capture.hpp"
+
 #include <nlohmann/json.hpp>
 
 #include <cstdlib>
@@ -271,8 +273,9 @@ TEST_CASE("parts of adapters that no verb reads are refused as such, and what ex
         {{"base_model.model.e.trainable_tokens_delta"}, "trainable tokens"},
         {{"lora_unet_q.weight", "lora_unet_q.on_input"}, "LyCORIS"}, {{"lycoris_q.rescale"}, "LyCORIS"}};
     for (const auto& [names, kind] : kinds) {
-        CAPTURE(kind);
-        CAPTURE(names[0]);
+        CAPTURE_BOUND(kind);
+        const auto& first = names.front();
+        CAPTURE(first);
         values_model model{{"plain", f32({1}, {1})}, {"lora_unet_x.diff", f32({1}, {2})}};
         for (const auto& name : names) { model[name] = f32({2}, {1, 2}); }
         write_values(folder / "k.safetensors", model);
@@ -473,7 +476,8 @@ TEST_CASE("names that differ by prefixes are found, proposed, and lined up")
     const auto base = language_model(1);
     for (const auto& [off, on] : std::vector<std::pair<std::string, std::string>>{{"", "base_model.model."},
              {"", "_orig_mod."}, {"", "module."}, {"model.", "model.language_model."}, {"model.", ""}}) {
-        CAPTURE(off + " -> " + on);
+        CAPTURE_BOUND(off);
+        CAPTURE_BOUND(on);
         const scratch folder;
         write_values(folder / "base.safetensors", base);
         values_model task;
@@ -650,7 +654,7 @@ TEST_CASE("tied heads are found under the names that architectures give them")
             {"transformer.embeddings.weight", "pred_layer.proj.weight"},
             {"biogpt.embed_tokens.weight", "output_projection.weight"},
             {"model.decoder.embed_tokens.weight", "proj_out.weight"}}) {
-        CAPTURE(head);
+        CAPTURE_BOUND(head);
         const scratch folder;
         const auto rows = f32({3, 2}, {1, 2, 3, 4, 5, 6}), more = f32({3, 2}, {3, 2, 3, 4, 5, 8});
         for (const std::string place : {"base", "task"}) { std::filesystem::create_directory(folder / place); }

@@ -3,6 +3,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include "../capture.hpp"
+
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/statistics.hpp>
 
@@ -445,7 +447,7 @@ TEST_CASE("statistics that are wrong: one line that names what is, and the old o
     };
     for (const auto& [method, arguments, parts, code, tasks] : cases) {
         const auto result = m.merge(method, arguments, tasks);
-        CAPTURE(method);
+        CAPTURE_BOUND(method);
         CAPTURE(result.err);
         CHECK(result.code == code);
         CHECK(is_error_line(result.err));

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_files.hpp"
 
+#include "../capture.hpp"
+
 using namespace tools_test;
 
 namespace {
@@ -680,7 +682,7 @@ TEST_CASE("convert keeps trained biases where PEFT looks for them")
     const auto found = read_values(folder / "c/adapter_model.safetensors");
     REQUIRE(found.size() == tensors.size());
     for (const auto& [name, x] : tensors) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         REQUIRE(found.contains("base_model.model." + name));
         CHECK(found.at("base_model.model." + name).values == x.values);
     }

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_files.hpp"
 
+#include "../capture.hpp"
+
 #include <nlohmann/json.hpp>
 
 using namespace tools_test;
@@ -1210,7 +1212,7 @@ TEST_CASE("modules of another layer or tower than the base has are no modules of
             pair{"model.layers.0." + q, "model.vision_tower.layers.0." + q},
             pair{"layers.0." + q, "vision_tower.layers.0." + q},
             pair{"model.layers.0.mlp.down_proj", "visual.blocks.0.mlp.down_proj"}}) {
-        CAPTURE(module);
+        CAPTURE_BOUND(module);
         const auto result = attempt({tensor}, {module});
         CHECK(result.code == 1);
         CHECK(
@@ -1229,7 +1231,7 @@ TEST_CASE("modules of another layer or tower than the base has are no modules of
              pair{"decoder.layers.0." + q, "model.decoder.layers.0." + q},
              pair{"vision_tower.vision_model.encoder.layers.0." + q, "model.vision_tower.encoder.layers.0." + q},
              pair{"vision_model.encoder.layers.0." + q, "encoder.layers.0." + q}}) {
-        CAPTURE(module);
+        CAPTURE_BOUND(module);
         const auto result = attempt({tensor}, {module});
         CAPTURE(result.err);
         CHECK(result.code == 0);

@@ -5,6 +5,8 @@
 #include "reference/adapters.hpp"
 #include "reference/ties.hpp"
 
+#include "../capture.hpp"
+
 #include <taskvec/formats/peft.hpp>
 
 #include <nlohmann/json.hpp>
@@ -84,7 +86,7 @@ void check_close(const std::map<std::string, plain_matrix>& found, const std::ma
 {
     REQUIRE(found.size() == expected.size());
     for (const auto& [name, x] : expected) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         REQUIRE(found.contains(name));
         CHECK(reference::distance(found.at(name), x) <= tolerance * (1 + reference::norm(x)));
     }
@@ -454,7 +456,7 @@ TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights,
     const auto found = taskvec::read_peft((folder / "out").string());
     CHECK(found.embeddings == std::set<std::string>{"embed_tokens", "own_table"});
     for (const auto& [name, update] : found.updates) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         const auto change = difference(task.at(name + ".weight"), base.at(name + ".weight"));
         const auto made = reference::dense(update);
         REQUIRE(made.size() == change[0].size());
@@ -491,7 +493,7 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     const scratch folder;
     const auto [base, task] = two_models();
     write_values(folder / "base.safetensors", base);
-    const auto attempt = [&](auto&& spoil, const std::string& because) {
+    const auto attempt = [&, &task = task](auto&& spoil, const std::string& because) {
         auto spoilt = task;
         spoil(spoilt);
         write_values(folder / "task.safetensors", spoilt);
@@ -717,7 +719,7 @@ TEST_CASE("merge-lora --space phi merges the parameters around the initialisatio
             for (std::size_t j = 0; j < start.in(); ++j) {
                 for (std::size_t k = 0; k < start.rank(); ++k) {
                     const double b0 = start.b(i, k), a0 = start.a(k, j);
-                    const auto change = [&](const adapter& task) {
+                    const auto change = [&, &name = name](const adapter& task) {
                         return b0 * (task.updates.at(name).a(k, j) - a0) + (task.updates.at(name).b(i, k) - b0) * a0;
                     };
                     x[i][j] += start.scaling * (b0 * a0 + 0.25 * (2 * change(a) - change(b)));
@@ -766,7 +768,7 @@ TEST_CASE("merge-lora --semantics peft makes what PEFT's add_weighted_adapter ma
     const auto index = json_of(data / "index.json");
     std::size_t cases = 0;
     for (const auto& [name, one] : index.items()) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         ++cases;
         auto method = one["combination"].get<std::string>();
         const bool by_products = method.ends_with("svd");
@@ -796,7 +798,7 @@ TEST_CASE("merge-lora --semantics peft makes what PEFT's add_weighted_adapter ma
         if (!by_products) {
             CHECK(found.size() == expected.size());
             for (const auto& [key, tensor] : expected) {
-                CAPTURE(key);
+                CAPTURE_BOUND(key);
                 const auto dot = key.rfind(".lora_");
                 const auto made = factor(key.substr(0, dot), key.substr(dot + 6));
                 CHECK(made.shape == tensor.shape);
@@ -806,7 +808,7 @@ TEST_CASE("merge-lora --semantics peft makes what PEFT's add_weighted_adapter ma
         }
         CHECK(found.size() == 2 * expected.size());
         for (const auto& [module, tensor] : expected) {
-            CAPTURE(module);
+            CAPTURE_BOUND(module);
             const auto a = factor(module, "A"), b = factor(module, "B");
             const auto rank = static_cast<std::size_t>(a.shape[0]), in = a.values.size() / rank,
                        out = b.values.size() / rank;
@@ -1464,7 +1466,7 @@ TEST_CASE("extract-lora makes of convolutions what PEFT does, and fuse puts it b
         run(folder, {"fuse", "--base", "rested.safetensors", "--adapter", "out", "--out", "o.safetensors"}).code == 0);
     const auto fused = read_values(folder / "o.safetensors");
     for (const auto& [name, x] : task) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         for (std::size_t i = 0; i < x.values.size(); ++i) {
             CHECK(std::abs(fused.at(name).values[i] - x.values[i]) < 1e-5);
         }
@@ -1521,7 +1523,7 @@ void check_put_back(const scratch& folder)
                tuned = read_values(folder / "tuned/model.safetensors");
     REQUIRE(found.size() == tuned.size());
     for (const auto& [name, x] : tuned) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         for (std::size_t i = 0; i < x.values.size(); ++i) {
             CHECK(found.at(name).values[i] == doctest::Approx(x.values[i]).epsilon(1e-5));
         }

@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include "../capture.hpp"
+
 using namespace tools_test;
 
 TEST_CASE("docs/methods.md is what the tables say")
@@ -82,7 +84,7 @@ TEST_CASE("mergekit's names of methods do what ours do, and reports say ours")
     const std::vector<std::pair<std::string, std::string>> names{
         {"linear", "average"}, {"multislerp", "multi-slerp"}, {"dare-linear", "dare"}};
     for (const auto& [alias, name] : names) {
-        CAPTURE(alias);
+        CAPTURE_BOUND(alias);
         by({"merge", "--method", name});
         const auto expected = slurp(folder / "o");
         by({"merge", "--method", alias});

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include "../capture.hpp"
 #include "../skip.hpp"
 
 #include <nlohmann/json.hpp>
@@ -1511,7 +1512,7 @@ TEST_CASE("truths differ by filter and by slice, and weights that cancel divide 
                plain = m.result(head + "parameters: {normalize: false}\n"),
                some = m.result(head + "parameters: {normalize: [{filter: mlp, value: true}, {value: false}]}\n");
     for (const auto& [name, tensor] : some) {
-        CAPTURE(name);
+        CAPTURE_BOUND(name);
         const bool mlp = name.find("mlp") != name.npos;
         CHECK(tensor.values == (mlp ? divided : plain).at(name).values);
         CHECK_FALSE(tensor.values == (mlp ? plain : divided).at(name).values);

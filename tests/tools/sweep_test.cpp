@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include "../capture.hpp"
 #include "../skip.hpp"
 
 #include <nlohmann/json.hpp>
@@ -339,7 +340,7 @@ TEST_CASE("bad input of lorahub: one line that names what is wrong, and no model
         {digest, {"--task", "absent.safetensors"}, {"absent.safetensors"}}};
     for (const auto& [score, arguments, parts, code] : cases) {
         const auto result = m.seek(score, arguments);
-        CAPTURE(score);
+        CAPTURE_BOUND(score);
         CAPTURE(result.err);
         CHECK(result.code == code);
         CHECK(is_error_line(result.err));
@@ -364,7 +365,7 @@ TEST_CASE("the score is the last number that is printed, and no part of a word")
         {"loss=-1.5e-2.\\n", "-0.015"}, {"50%%", "50"}, {"1\\n2\\n3", "3"}, {".5", "0.5"}, {"+2.5", "2.5"},
         {"[0.25, 0.5]", "0.5"}};
     for (const auto& [text, score] : cases) {
-        CAPTURE(text);
+        CAPTURE_BOUND(text);
         const auto done = m.sweep("printf '" + text + "'; : {}", {"--lambdas", "1"}, "a");
         CAPTURE(done.err);
         CHECK(done.code == 0);
@@ -486,7 +487,7 @@ TEST_CASE("bad input: one line that names what is wrong")
     };
     for (const auto& [score, arguments, parts, code] : cases) {
         const auto result = m.sweep(score, arguments);
-        CAPTURE(score);
+        CAPTURE_BOUND(score);
         CAPTURE(result.err);
         CHECK(result.code == code);
         CHECK(is_error_line(result.err));

@@ -2,6 +2,8 @@
 // tokenizer and configuration that fit the result. SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include "../capture.hpp"
+
 #include <taskvec/models/selected_rows.hpp>
 
 #include <nlohmann/json.hpp>
@@ -452,7 +454,7 @@ TEST_CASE("without a tokenizer rows are lined up by index, and it is said")
 {
     const models m;
     for (const auto& [policy, rows] : std::map<std::string, std::size_t>{{"base", 4}, {"union", 5}, {"truncate", 4}}) {
-        CAPTURE(policy);
+        CAPTURE_BOUND(policy);
         const auto done = m.merge({"bare"}, {"--vocabulary", policy});
         REQUIRE_MESSAGE(done.code == 0, done.err);
         CHECK(says(done.err, "no tokenizer.json beside 'bare': rows of the vocabulary are lined up by index"));
