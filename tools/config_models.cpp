@@ -338,7 +338,8 @@ private:
         }
     }
 
-    /// Where models are whole, the base is taken out of them, or merged as well.
+    /// Where models are whole, the base is taken out of them, or merged as well: as the first of them, whose vocabulary
+    /// and files the result has.
     void set_base_of_all(const input& base)
     {
         auto& inputs = slices_.front().inputs;
@@ -346,7 +347,15 @@ private:
         std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others),
             [&](const input& one) { return !one.is_model_of(base); });
         if (method_.takes == base_kind::input) {
-            if (others.size() == inputs.size()) { inputs.push_back(base); }
+            if (method_.most == 1) { // with a base beside it there are two
+                if (others.size() == inputs.size()) { inputs.push_back(base); }
+                return;
+            }
+            const auto place =
+                std::find_if(inputs.begin(), inputs.end(), [&](const input& one) { return one.is_model_of(base); });
+            std::vector<input> all{place == inputs.end() ? base : *place};
+            all.insert(all.end(), others.begin(), others.end());
+            inputs.swap(all);
             return;
         }
         const bool weighted = !method_.parameters.empty() && method_.parameters.front().name == "weight";

@@ -64,6 +64,42 @@ struct configured {
         REQUIRE(done.code == 0);
         return read_values(folder / "merged.safetensors");
     }
+    /// A model with a tokenizer and an embedding, the row of whose tokens is the token's byte and the shift; and with
+    /// rows that pad.
+    void give(const std::string& name, const std::vector<std::string>& tokens, float shift, int padding = 0) const
+    {
+        std::filesystem::create_directories(folder / name);
+        std::vector<float> rows;
+        nlohmann::json vocabulary = nlohmann::json::object();
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+            vocabulary[tokens[i]] = i;
+            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
+        }
+        rows.insert(rows.end(), static_cast<std::size_t>(2 * padding), 7.0F);
+        const auto count = static_cast<std::int64_t>(rows.size() / 2);
+        write_values(folder / name / "model.safetensors",
+            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
+        spill(folder / name / "config.json", nlohmann::json{{"vocab_size", count}, {"of", name}}.dump());
+        spill(folder / name / "tokenizer_config.json", R"({"added_tokens_decoder": {}})");
+        spill(folder / name / "tokenizer.json",
+            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
+                .dump());
+    }
+    /// The embedding of a result has these rows of two, and its configuration counts them.
+    void check_rows(
+        const std::string& text, const std::vector<float>& expected, const std::vector<std::string>& more = {}) const
+    {
+        CAPTURE(text);
+        const auto made = result(text + "\n", more).at("model.embed_tokens.weight");
+        CHECK(made.shape == std::vector<std::int64_t>{static_cast<std::int64_t>(expected.size() / 2), 2});
+        REQUIRE(made.values.size() == expected.size());
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            CAPTURE(i);
+            CHECK(made.values[i] == doctest::Approx(expected[i]).epsilon(1e-6));
+        }
+        CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["vocab_size"] == expected.size() / 2);
+    }
     /// What a configuration is refused for: one line with the place, nothing written.
     [[nodiscard]] std::string refusal(const std::string& text) const
     {
@@ -589,7 +625,7 @@ TEST_CASE("configurations that are bombs are answered at once")
     for (int i = 0; i < 150; ++i) { tokens += ",*k"; }
     tokens += "]}}\n";
     for (int i = 0; i < 50000; ++i) { tokens += "    t" + std::to_string(i) + ": *t\n"; }
-    has(m.refusal(tokens), "tokens are told apart by tokenizer.json, and not every model has one");
+    has(m.refusal(tokens), "'a' has no tokenizer.json, by which tokens are told apart");
     std::string uneven = "merge_method: linear\nparameters: {weight: 1}\nslices:\n" + many + "]\n- sources: &o [";
     uneven += "{model: a, layer_range: [0, 1]}]\n";
     for (int i = 0; i < 9000; ++i) { uneven += "- {sources: *o}\n"; }
@@ -754,25 +790,8 @@ TEST_CASE("a configuration's tokenizer_source is --vocabulary")
 {
     const configured m;
     if (!reads_yaml(m)) { return; }
-    const auto give = [&](const std::string& name, const std::vector<std::string>& tokens, float shift) {
-        std::filesystem::create_directories(m.folder / name);
-        std::vector<float> rows;
-        nlohmann::json vocabulary = nlohmann::json::object();
-        for (std::size_t i = 0; i < tokens.size(); ++i) {
-            vocabulary[tokens[i]] = i;
-            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
-        }
-        const auto count = static_cast<std::int64_t>(tokens.size());
-        write_values(m.folder / name / "model.safetensors",
-            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
-        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
-        spill(m.folder / name / "tokenizer.json",
-            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
-                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
-                .dump());
-    };
-    give("first", {"a", "b", "c"}, 0);
-    give("second", {"c", "d", "a"}, 0.5F);
+    m.give("first", {"a", "b", "c"}, 0);
+    m.give("second", {"c", "d", "a"}, 0.5F);
     const std::string head = "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - model: second\n"
                              "    parameters: {weight: 0.5}\n";
     for (const auto* word : {"base", "union"}) {
@@ -793,39 +812,13 @@ TEST_CASE("tokens of a configuration's tokenizer have the rows that it says, and
 {
     const configured m;
     if (!reads_yaml(m)) { return; }
-    const auto give = [&](const std::string& name, const std::vector<std::string>& tokens, float shift, int padding) {
-        std::filesystem::create_directories(m.folder / name);
-        std::vector<float> rows;
-        nlohmann::json vocabulary = nlohmann::json::object();
-        for (std::size_t i = 0; i < tokens.size(); ++i) {
-            vocabulary[tokens[i]] = i;
-            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
-        }
-        rows.insert(rows.end(), static_cast<std::size_t>(2 * padding), 7.0F);
-        const auto count = static_cast<std::int64_t>(rows.size() / 2);
-        write_values(m.folder / name / "model.safetensors",
-            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
-        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
-        spill(m.folder / name / "tokenizer_config.json", R"({"added_tokens_decoder": {}})");
-        spill(m.folder / name / "tokenizer.json",
-            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
-                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
-                .dump());
-    };
-    give("first", {"a", "b", "c"}, 0, 1); // a is 97
-    give("second", {"c", "d", "a"}, 0.5F, 0);
-    give("third", {"b", "d"}, 2, 0);
+    m.give("first", {"a", "b", "c"}, 0, 1); // a is 97
+    m.give("second", {"c", "d", "a"}, 0.5F);
+    m.give("third", {"b", "d"}, 2);
     const std::string head = "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - model: second\n"
                              "    parameters: {weight: 0.5}\ntokenizer: ";
     const auto check = [&](const std::string& text, const std::vector<float>& expected) {
-        const auto made = m.result(text + "\n").at("model.embed_tokens.weight");
-        CHECK(made.shape == std::vector<std::int64_t>{static_cast<std::int64_t>(expected.size() / 2), 2});
-        REQUIRE(made.values.size() == expected.size());
-        for (std::size_t i = 0; i < expected.size(); ++i) {
-            CAPTURE(i);
-            CHECK(made.values[i] == doctest::Approx(expected[i]).epsilon(1e-6));
-        }
-        CHECK(nlohmann::json::parse(slurp(m.folder / "out/config.json"))["vocab_size"] == expected.size() / 2);
+        m.check_rows(text, expected);
     };
 
     // Behind the five tokens is the mean of their rows: 78.9 and 0.1 in the first model, 79.1 and 0.3 in the second.
@@ -1747,4 +1740,42 @@ TEST_CASE("a tokenizer_source with the tokens of all gives the result its tokeni
     }
     has(m.refusal(config("padded", "")), "--vocabulary base");
     CHECK(same(m.result(config("padded", ""), {"--vocabulary", "base"}), plain));
+}
+
+TEST_CASE("a base that is merged as well gives the result its vocabulary and files, wherever it stands")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0); // a is 97
+    m.give("second", {"c", "d", "a"}, 0.5F);
+    const auto whose = [&] {
+        return nlohmann::json::parse(slurp(m.folder / "out/config.json"))["of"].get<std::string>();
+    };
+    const std::string models = "models: [{model: first}, {model: second}]\nparameters: {weight: 1}\n";
+    for (const std::string method : {"linear", "karcher"}) {
+        const auto head = "merge_method: " + method + "\nmodels: [{model: first}, {model: second}]\n"
+            + (method == "linear" ? "parameters: {weight: 1}\n" : "");
+        for (const std::string base : {"first", "second"}) {
+            for (const std::string source : {"", "tokenizer_source: base\n", "tokenizer_source: union\n"}) {
+                const auto made = m.result(head + "base_model: " + base + "\n" + source);
+                CHECK(whose() == base);
+                const auto rows = made.at("model.embed_tokens.weight").shape[0];
+                CHECK(rows == (source.find("union") == source.npos ? 3 : 4));
+                if (rows == 3) {
+                    CHECK(slurp(m.folder / "out/tokenizer.json") == slurp(m.folder / base / "tokenizer.json"));
+                }
+            }
+        }
+    }
+    const std::string linear = "merge_method: linear\nbase_model: second\n" + models;
+    const std::vector<float> own{99.25F, 0.25F, 100.5F, 0.5F, 97.25F, 0.25F}; // c, d, a; d is the base's
+    m.check_rows(linear + "tokenizer_source: base", own);
+    m.check_rows(linear + "tokenizer_source: second", own);
+    auto with_b = own;
+    with_b.insert(with_b.end(), {98, 0});
+    m.check_rows(linear + "tokenizer_source: union", with_b);
+    // What is not among the models is merged as well, and comes first.
+    m.check_rows("merge_method: linear\nbase_model: second\nmodels: [{model: first}]\nparameters: {weight: 1}\n"
+                 "tokenizer_source: base",
+        own);
 }
