@@ -568,7 +568,7 @@ void merge_inputs::line_up_vocabulary(const model_request& request)
     const auto& models = vocabulary_->models();
     task_models_.assign(models.begin() + (base_ ? 1 : 0), models.end());
     if (!vocabulary_->changed()) { return; }
-    if (request.run.device != "cpu") {
+    if (vocabulary_->works_out_rows() && request.run.device != "cpu") {
         throw usage_error("--vocabulary lines rows up on the cpu; leave --device " + request.run.device + " out");
     }
     for (const auto& [t, sum] : sums_) {

@@ -1779,3 +1779,76 @@ TEST_CASE("a base that is merged as well gives the result its vocabulary and fil
                  "tokenizer_source: base",
         own);
 }
+
+TEST_CASE("without a base a row that a model lacks is the mean of those that have it")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "c"}, 0);
+    m.give("second", {"a"}, 1);
+    m.give("third", {"c", "a"}, 2);
+    for (const std::string source :
+        {"tokenizer_source: union", "tokenizer: {}", "tokenizer: {source: union, pad_to_multiple_of: 2}"}) {
+        // c is 99, its stand-in (99 + 101) / 2, and 101.
+        m.check_rows("merge_method: linear\nmodels:\n  - {model: first, parameters: {weight: 1}}\n"
+                     "  - {model: second, parameters: {weight: 0.5}}\n  - {model: third, parameters: {weight: 0.5}}\n"
+                + source,
+            {(97 + 49 + 49.5F) / 2, (0.5F + 1) / 2, (99 + 50 + 50.5F) / 2, (0.5F + 1) / 2});
+    }
+}
+
+TEST_CASE("with a tokenizer_source rows that pad take no part, and the result has none")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0, 4);
+    m.give("second", {"a", "b", "c"}, 9, 4);
+    m.give("more", {"b", "a", "d", "c"}, 5, 2);
+    m.give("first-alone", {"a", "b", "c"}, 0);
+    m.give("second-alone", {"a", "b", "c"}, 9);
+    m.give("more-alone", {"b", "a", "d", "c"}, 5);
+    const auto slerp = [&](const std::string& base, const std::string& task, const std::string& more) {
+        return "merge_method: slerp\nbase_model: " + base + "\nmodels: [{model: " + task + "}]\nparameters: {t: 0.3}\n"
+            + more;
+    };
+    for (const std::string source : {"tokenizer_source: base\n", "tokenizer_source: union\n",
+             "tokenizer: {source: base, pad_to_multiple_of: 1}\n"}) {
+        CAPTURE(source);
+        for (const std::string task : {"second", "more"}) {
+            const auto expected = m.result(slerp("first-alone", task + "-alone", source));
+            CHECK(same(m.result(slerp("first", task, source)), expected));
+        }
+    }
+    CHECK(same(m.result(slerp("first", "second", "tokenizer_source: base\n")),
+        m.result(slerp("first-alone", "second-alone", ""))));
+    CHECK(m.result(slerp("first", "second", "")).at("model.embed_tokens.weight").shape[0] == 7); // by their numbers
+    m.check_rows("merge_method: passthrough\nmodels: [{model: first}]\ntokenizer_source: base", {97, 0, 98, 0, 99, 0});
+}
+
+TEST_CASE("a model without a tokenizer has the tokens of the base, and one that is not read is named")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0);
+    m.give("second", {"a", "b", "c"}, 1, 1);
+    m.give("short", {"a", "b"}, 1);
+    const auto merge = [](const std::string& base, const std::string& task, const std::string& source) {
+        return "merge_method: task_arithmetic\nbase_model: " + base + "\nmodels:\n  - {model: " + task
+            + ", parameters: {weight: 0.5}}\ntokenizer_source: " + source;
+    };
+    for (const auto* name : {"second/tokenizer.json", "second/tokenizer_config.json", "short/tokenizer.json"}) {
+        std::filesystem::remove(m.folder / name);
+    }
+    for (const std::string source : {"base", "union"}) {
+        m.check_rows(merge("first", "second", source), {97.5F, 0.5F, 98.5F, 0.5F, 99.5F, 0.5F});
+    }
+    has(m.refusal(merge("first", "short", "base")),
+        "'short' has no tokenizer.json, and its 'model.embed_tokens.weight' has 2 rows for the 3 tokens of 'first'");
+    has(m.refusal(merge("second", "first", "base")),
+        "config.yml:5:1: 'tokenizer_source: base': 'second' has no tokenizer.json");
+    has(m.refusal(merge("first", "first", "second")), "'second' has no tokenizer.json");
+    spill(m.folder / "second/tokenizer.model", "pieces");
+    const auto said = m.refusal(merge("first", "second", "base"));
+    has(said, "'second' has no tokenizer.json, by which tokens are told apart, and its 'tokenizer.model' is not read");
+    has(said, "leave 'tokenizer_source' out");
+}
