@@ -404,7 +404,14 @@ void merge_inputs::put_on(taskvec::checkpoint& model, const task_argument& adapt
         request.run);
     auto changed = model.model();
     for (auto& source : sum->changes().put_into(changed)) { sources_.push_back(std::move(source)); }
-    model.set_model(std::move(changed));
+    taskvec::const_model_ref stored; // a result has the model's dtypes, whatever sums are in
+    for (const auto& [name, tensor] : changed) {
+        auto one = tensor;
+        const auto& before = *model.model().find(name);
+        if (!before.source && taskvec::is_storage(before.dtype)) { one.dtype = before.dtype; }
+        stored.insert(name, one);
+    }
+    model.set_model(std::move(stored));
 }
 
 merge_inputs::~merge_inputs() = default;

@@ -86,6 +86,16 @@ struct configured {
                 {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
                 .dump());
     }
+    /// An adapter, 'lora', that adds 0.125 to each entry of a weight.
+    void give_adapter() const
+    {
+        const std::string module = "base_model.model.layers.1.mlp";
+        std::filesystem::create_directories(folder / "lora");
+        write_values(folder / "lora/adapter_model.safetensors",
+            {{module + ".lora_A.weight", {taskvec::dtype::f32, {1, 7}, std::vector<float>(7, 0.5F)}},
+                {module + ".lora_B.weight", {taskvec::dtype::f32, {6, 1}, std::vector<float>(6, 0.25F)}}});
+        spill(folder / "lora/adapter_config.json", R"({"peft_type": "LORA", "r": 1, "lora_alpha": 1})");
+    }
     /// The embedding of a result has these rows of two, and its configuration counts them.
     void check_rows(
         const std::string& text, const std::vector<float>& expected, const std::vector<std::string>& more = {}) const
@@ -1851,4 +1861,30 @@ TEST_CASE("a model without a tokenizer has the tokens of the base, and one that 
     const auto said = m.refusal(merge("first", "second", "base"));
     has(said, "'second' has no tokenizer.json, by which tokens are told apart, and its 'tokenizer.model' is not read");
     has(said, "leave 'tokenizer_source' out");
+}
+
+TEST_CASE("adapters on models in 16 bits leave the result in them")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give_adapter();
+    for (const std::string name : {"base", "a"}) {
+        auto half = name == "base" ? m.base : m.a;
+        for (auto& [tensor, its] : half) { its.dtype = taskvec::dtype::bf16; }
+        std::filesystem::create_directories(m.folder / (name + "16"));
+        write_values(m.folder / (name + "16") / "model.safetensors", half);
+    }
+    REQUIRE(run(m.folder, {"fuse", "--base", "base16", "--adapter", "lora", "--out", "fused16"}).code == 0);
+    const auto fused = read_values(m.folder / "fused16/model.safetensors");
+    CHECK(same(m.result("merge_method: passthrough\nmodels: [{model: base16+lora}]\n"), fused));
+    for (const std::string text :
+        {"merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: base16+lora}, {model: a16}]\n",
+            "merge_method: task_arithmetic\nparameters: {weight: 1}\nbase_model: base16+lora\nmodels: [{model: a16}]\n",
+            "merge_method: task_arithmetic\nparameters: {weight: 1}\nbase_model: a16\nmodels: [{model: "
+            "base16+lora}]\n"}) {
+        for (const auto& [name, tensor] : m.result(text)) {
+            CAPTURE(name);
+            CHECK(tensor.dtype == taskvec::dtype::bf16);
+        }
+    }
 }
