@@ -141,9 +141,27 @@ private:
         const bool whole = slices_.size() == 1 && std::all_of(inputs.begin(), inputs.end(), [&](const input& one) {
             return one.first == 0 && one.last == layers_.at(one.path);
         });
-        if (whole) { // it is as if it were no slice
-            slices_.front().part.reset();
-            if (const auto own = slice_at(list[0]).find("base_model")) { base.emplace(*own); }
+        if (!whole) {
+            check_no_adapters();
+            return;
+        }
+        slices_.front().part.reset(); // it is as if it were no slice
+        if (const auto own = slice_at(list[0]).find("base_model")) { base.emplace(*own); }
+    }
+
+    /// Layers that are put together are those of files.
+    void check_no_adapters() const
+    {
+        const auto check = [&](const input& one) {
+            if (one.adapter.empty()) { return; }
+            where_.fail(one.at,
+                "'" + one.name
+                    + "': layers of a model with an adapter, but for one slice of all layers of its models; store it "
+                      "first by 'taskvec fuse'");
+        };
+        for (const auto& part : slices_) {
+            for (const auto& one : part.inputs) { check(one); }
+            if (part.base) { check(*part.base); }
         }
     }
 
@@ -181,10 +199,6 @@ private:
     void read_layers(input& one)
     {
         const auto& node = *one.layers;
-        if (!one.adapter.empty()) {
-            where_.fail(
-                one.at, "'" + one.name + "': layers of a model with an adapter; store it first by 'taskvec fuse'");
-        }
         if (!node.IsSequence() || node.size() != 2) {
             where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
         }

@@ -1888,3 +1888,25 @@ TEST_CASE("adapters on models in 16 bits leave the result in them")
         }
     }
 }
+
+TEST_CASE("one slice of all layers takes models with adapters, others refuse them")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give_adapter();
+    const auto sources = [](const std::string& first, const std::string& second, const std::string& range) {
+        return "merge_method: slerp\nbase_model: " + first + "\nslices:\n  - sources: [{model: " + first
+            + ", layer_range: " + range + "}, {model: " + second + ", layer_range: " + range
+            + "}]\nparameters: {t: 0.5}\n";
+    };
+    const auto whole = [](const std::string& first, const std::string& second) {
+        return "merge_method: slerp\nbase_model: " + first + "\nmodels: [{model: " + second
+            + "}]\nparameters: {t: 0.5}\n";
+    };
+    CHECK(same(m.result(sources("a", "base+lora", "[0, 3]")), m.result(whole("a", "base+lora"))));
+    CHECK(same(m.result(sources("base+lora", "a", "[0, 3]")), m.result(whole("base+lora", "a"))));
+    has(m.refusal(sources("a", "base+lora", "[0, 2]")), "'base+lora': layers of a model with an adapter");
+    has(m.refusal("merge_method: slerp\nbase_model: base+lora\nslices:\n  - sources: [{model: base, layer_range: "
+                  "[0, 2]}, {model: a, layer_range: [0, 2]}]\nparameters: {t: 0.5}\n"),
+        "'base+lora': layers of a model with an adapter"); // not the base without its adapter
+}
