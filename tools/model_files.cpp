@@ -25,6 +25,7 @@
 #include <set>
 #include <span>
 #include <string_view>
+#include <utility>
 
 namespace tool {
 
@@ -519,9 +520,31 @@ std::vector<recipe::model> recipe_models(const model_request& request, const mer
     return models;
 }
 
-void add_model_files(model_folder& out, const copy_request& copies, const run_options& run, const recipe& how,
+namespace {
+
+/// --copy-from an adapter's directory, which holds a tokenizer and no model's configuration: the tokenizer is taken,
+/// and the other files are the first model's.
+copy_request with_configuration(copy_request copies, const recipe& how, const run_options& run)
+{
+    std::error_code ignored;
+    const fs::path from = copies.from, first = how.models.front().path;
+    if (from.empty() || tokenizer_of(from).empty() || !fs::is_directory(from, ignored)
+        || fs::exists(from / "config.json", ignored) || !fs::exists(first / "config.json", ignored)) {
+        return copies;
+    }
+    note(run,
+        how.label_of(from) + " has a tokenizer and no config.json: the other files are those of "
+            + how.label_of(first));
+    copies.tokenizer_from = std::exchange(copies.from, first.string());
+    return copies;
+}
+
+} // namespace
+
+void add_model_files(model_folder& out, const copy_request& asked, const run_options& run, const recipe& how,
     const std::vector<taskvec::tensor_spec>& specs, const std::string& weights)
 {
+    const auto copies = with_configuration(asked, how, run);
     const auto& folder = out.folder();
     const fs::path source = !copies.from.empty() ? fs::path(copies.from) : how.models.front().path;
     if (!copies.from.empty() && !holds_files(source)) {

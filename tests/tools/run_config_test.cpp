@@ -1910,3 +1910,32 @@ TEST_CASE("one slice of all layers takes models with adapters, others refuse the
                   "[0, 2]}, {model: a, layer_range: [0, 2]}]\nparameters: {t: 0.5}\n"),
         "'base+lora': layers of a model with an adapter"); // not the base without its adapter
 }
+
+TEST_CASE("an adapter that adds tokens is refused with what stores its model")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0);
+    std::filesystem::create_directories(m.folder / "grown");
+    auto first = read_values(m.folder / "first/model.safetensors");
+    first["model.layers.0.mlp.weight"] = {taskvec::dtype::f32, {1, 1}, {2}};
+    write_values(m.folder / "first/model.safetensors", first);
+    const std::string module = "base_model.model.model.layers.0.mlp";
+    write_values(m.folder / "grown/adapter_model.safetensors",
+        {{module + ".lora_A.weight", {taskvec::dtype::f32, {1, 1}, {1}}},
+            {module + ".lora_B.weight", {taskvec::dtype::f32, {1, 1}, {1}}},
+            {"base_model.model.model.embed_tokens.weight", {taskvec::dtype::f32, {4, 2}, {1, 2, 3, 4, 5, 6, 7, 8}}}});
+    spill(m.folder / "grown/adapter_config.json",
+        R"({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "modules_to_save": ["embed_tokens"]})");
+    m.give("tokens", {"a", "b", "c", "d"}, 0);
+    std::filesystem::copy(m.folder / "tokens/tokenizer.json", m.folder / "grown/tokenizer.json");
+    const auto said = m.refusal("merge_method: passthrough\nmodels: [{model: first+grown}]\n");
+    has(said, "'model.embed_tokens.weight' has 4 rows in 'grown' and 3 in 'first'");
+    has(said, "taskvec fuse --base first --adapter grown --copy-from grown");
+    REQUIRE(
+        run(m.folder, {"fuse", "--base", "first", "--adapter", "grown", "--copy-from", "grown", "--out", "stored"}).code
+        == 0);
+    CHECK(slurp(m.folder / "stored/tokenizer.json") == slurp(m.folder / "grown/tokenizer.json"));
+    m.check_rows(
+        "merge_method: passthrough\nmodels: [{model: stored}]\ntokenizer_source: base", {1, 2, 3, 4, 5, 6, 7, 8});
+}
