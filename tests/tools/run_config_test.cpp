@@ -1939,3 +1939,20 @@ TEST_CASE("an adapter that adds tokens is refused with what stores its model")
     m.check_rows(
         "merge_method: passthrough\nmodels: [{model: stored}]\ntokenizer_source: base", {1, 2, 3, 4, 5, 6, 7, 8});
 }
+
+TEST_CASE("names of models may hold a plus, and what is read so is written so")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give_adapter();
+    std::filesystem::rename(m.folder / "base", m.folder / "b+c");
+    auto expected = m.base;
+    for (auto& value : expected.at("layers.1.mlp.weight").values) { value += 0.125F; }
+    for (const std::string name : {"b+c+lora", "{model: {path: b+c}, lora: {path: lora}}"}) {
+        CHECK(same(m.result("merge_method: passthrough\nmodels: [{model: " + name + "}]\n"), expected));
+    }
+    const auto merged = m.merged({"--method", "task-arithmetic", "--base", "b+c", "--task", "a=0.5", "--task-adapter",
+        "lora", "--as-config", "written.yml"});
+    CHECK(same(m.result(slurp(m.folder / "written.yml")), merged));
+    has(m.refusal("merge_method: passthrough\nmodels: [{model: nowhere+lora}]\n"), "there is no model 'nowhere'");
+}
