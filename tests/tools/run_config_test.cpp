@@ -1956,3 +1956,19 @@ TEST_CASE("names of models may hold a plus, and what is read so is written so")
     CHECK(same(m.result(slurp(m.folder / "written.yml")), merged));
     has(m.refusal("merge_method: passthrough\nmodels: [{model: nowhere+lora}]\n"), "there is no model 'nowhere'");
 }
+
+TEST_CASE("the card of a merge in stages names the models that the stages were made of")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    (void)m.result(
+        "name: one\nmerge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n---\n"
+        "name: two\nmerge_method: passthrough\nmodels: [{model: one}]\n---\n"
+        "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: two, parameters: {weight: 0.3}}]\n");
+    const auto card = slurp(m.folder / "out/README.md");
+    CHECK(card.substr(0, card.find("tags:")) == "---\nbase_model:\n- base\n- a\n- b\n");
+    has(card, "| a | task of 'one' | 1 | `xxh64:");
+    for (const std::string model : {"base", "a", "b"}) {
+        CHECK(run(m.folder, {"inspect", model, "--verify", "out/README.md"}).code == 0);
+    }
+}
