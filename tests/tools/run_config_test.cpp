@@ -1972,3 +1972,14 @@ TEST_CASE("the card of a merge in stages names the models that the stages were m
         CHECK(run(m.folder, {"inspect", model, "--verify", "out/README.md"}).code == 0);
     }
 }
+
+TEST_CASE("a tolerance of 0 is never reached, as in mergekit")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string head = "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: ";
+    const auto made = m.result(head + "{tol: 0, max_iter: 40}\n");
+    CHECK(same(made,
+        m.merged({"--method", "karcher", "--task", "a", "--task", "b", "--steps", "40", "--tolerance", "1e-300"})));
+    has(m.refusal(head + "{tol: -1}\n"), "config.yml:3:");
+}
