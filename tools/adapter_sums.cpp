@@ -4,6 +4,7 @@
 
 #include "models.hpp"
 #include "runner.hpp"
+#include "tokenizers.hpp"
 #include "words.hpp"
 
 #include <algorithm>
@@ -379,11 +380,40 @@ void adapter_sum::add(
         read.fan_in_fan_out = false;
     }
     if (how.may_untie) { take_grown_vocabulary(read, match, argument, base_label, run); }
+    else {
+        refuse_grown_vocabulary(read, match, argument, how);
+    }
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
         {.conv1d = how.fan_in_fan_out || has_conv1d_layers(config),
             .holds_adapter = how.subtract,
             .label = base_label,
             .renaming = "--rename, --map"});
+}
+
+/// An adapter with rows for tokens that were added makes another model than one of the base's shapes: as a task it
+/// cannot.
+template <class T>
+void adapter_sum::refuse_grown_vocabulary(const taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
+    const task_argument& argument, const settings& how) const
+{
+    for (const auto* const tensors : {&read.wholes, &read.copies}) {
+        for (const auto& [name, whole] : *tensors) {
+            const auto tensor = match.renamed(name, base_);
+            const auto* const there = base_.find(tensor);
+            if (!there || there->shape.size() != 2 || whole.shape.size() != 2 || there->shape[1] != whole.shape[1]
+                || whole.shape[0] <= there->shape[0] || !(is_head(tensor) || is_embedding(tensor))) {
+                continue;
+            }
+            const auto path = printable(argument.path.string());
+            const auto copied = tokenizer_of(argument.path).empty() ? "" : " --copy-from " + path;
+            taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
+                taskvec::message("'", tensor, "' has ", whole.shape[0], " rows in ", read.label, " and ",
+                    there->shape[0], " in ", how.base_label(),
+                    ": the adapter adds tokens, which a model that is worked out as it is read cannot: store that "
+                    "model first (taskvec fuse --base ",
+                    printable(how.base_path.string()), " --adapter ", path, copied, ") and name it instead"));
+        }
+    }
 }
 
 /// Modules that were trained whole by the configuration, and are not in the file.

@@ -102,6 +102,9 @@ private:
     void take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
         const task_argument& argument, const std::string& base_label, const run_options& run);
     template <class T>
+    void refuse_grown_vocabulary(const taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
+        const task_argument& argument, const settings& how) const;
+    template <class T>
     void untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
 
     taskvec::const_model_ref base_;

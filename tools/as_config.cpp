@@ -196,7 +196,25 @@ private:
         if (words_.takes == base::input) {
             cannot_say("--base of " + request_.method + ", which mergekit would merge as well", "leave it out");
         }
-        out_ << YAML::Key << "base_model" << YAML::Value << request_.base;
+        out_ << YAML::Key << "base_model" << YAML::Value;
+        put_name(request_.base, "");
+    }
+
+    /// A model, with an adapter on it or by itself; as a mapping where its name would be taken apart at a `+`.
+    void put_name(const std::string& model, const std::string& adapter)
+    {
+        if ((model + adapter).find('+') == std::string::npos) {
+            out_ << model + (adapter.empty() ? "" : "+" + adapter);
+            return;
+        }
+        const auto put_path = [&](const char* key, const std::string& path) {
+            out_ << YAML::Key << key << YAML::Value << YAML::BeginMap << YAML::Key << "path" << YAML::Value << path
+                 << YAML::EndMap;
+        };
+        out_ << YAML::BeginMap;
+        put_path("model", model);
+        if (!adapter.empty()) { put_path("lora", adapter); }
+        out_ << YAML::EndMap;
     }
 
     void put_models()
@@ -214,9 +232,12 @@ private:
                 cannot_say(taskvec::message(taskvec::csv_number(tasks_[t].weight), " times the update of '", path, "'"),
                     "store the model first (taskvec fuse --adapter " + text + ") and give it as --task");
             }
-            const auto name = request_.adapters.contains(text) ? request_.base + "+" + path : path;
-            if (!seen.insert(name).second) { cannot_say("'" + path + "' twice", "give each model once"); }
-            out_ << YAML::BeginMap << YAML::Key << "model" << YAML::Value << name;
+            const bool adapter = request_.adapters.contains(text);
+            if (!seen.insert(adapter ? request_.base + "+" + path : path).second) {
+                cannot_say("'" + path + "' twice", "give each model once");
+            }
+            out_ << YAML::BeginMap << YAML::Key << "model" << YAML::Value;
+            put_name(adapter ? request_.base : path, adapter ? path : "");
             put_parameters_of(t);
             out_ << YAML::EndMap;
         }

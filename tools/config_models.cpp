@@ -141,9 +141,27 @@ private:
         const bool whole = slices_.size() == 1 && std::all_of(inputs.begin(), inputs.end(), [&](const input& one) {
             return one.first == 0 && one.last == layers_.at(one.path);
         });
-        if (whole) { // it is as if it were no slice
-            slices_.front().part.reset();
-            if (const auto own = slice_at(list[0]).find("base_model")) { base.emplace(*own); }
+        if (!whole) {
+            check_no_adapters();
+            return;
+        }
+        slices_.front().part.reset(); // it is as if it were no slice
+        if (const auto own = slice_at(list[0]).find("base_model")) { base.emplace(*own); }
+    }
+
+    /// Layers that are put together are those of files.
+    void check_no_adapters() const
+    {
+        const auto check = [&](const input& one) {
+            if (one.adapter.empty()) { return; }
+            where_.fail(one.at,
+                "'" + one.name
+                    + "': layers of a model with an adapter, but for one slice of all layers of its models; store it "
+                      "first by 'taskvec fuse'");
+        };
+        for (const auto& part : slices_) {
+            for (const auto& one : part.inputs) { check(one); }
+            if (part.base) { check(*part.base); }
         }
     }
 
@@ -181,10 +199,6 @@ private:
     void read_layers(input& one)
     {
         const auto& node = *one.layers;
-        if (!one.adapter.empty()) {
-            where_.fail(
-                one.at, "'" + one.name + "': layers of a model with an adapter; store it first by 'taskvec fuse'");
-        }
         if (!node.IsSequence() || node.size() != 2) {
             where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
         }
@@ -338,7 +352,8 @@ private:
         }
     }
 
-    /// Where models are whole, the base is taken out of them, or merged as well.
+    /// Where models are whole, the base is taken out of them, or merged as well: as the first of them, whose vocabulary
+    /// and files the result has.
     void set_base_of_all(const input& base)
     {
         auto& inputs = slices_.front().inputs;
@@ -346,7 +361,15 @@ private:
         std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others),
             [&](const input& one) { return !one.is_model_of(base); });
         if (method_.takes == base_kind::input) {
-            if (others.size() == inputs.size()) { inputs.push_back(base); }
+            if (method_.most == 1) { // with a base beside it there are two
+                if (others.size() == inputs.size()) { inputs.push_back(base); }
+                return;
+            }
+            const auto place =
+                std::find_if(inputs.begin(), inputs.end(), [&](const input& one) { return one.is_model_of(base); });
+            std::vector<input> all{place == inputs.end() ? base : *place};
+            all.insert(all.end(), others.begin(), others.end());
+            inputs.swap(all);
             return;
         }
         const bool weighted = !method_.parameters.empty() && method_.parameters.front().name == "weight";

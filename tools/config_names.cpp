@@ -57,10 +57,10 @@ fs::path find_model(const place& where, const YAML::Node& node, const std::strin
 
 } // namespace
 
-/// The name of a model, which mergekit writes as a mapping too: `{model: {path: P, revision: R}, lora: {path: L}}`.
-std::string model_names::reference_of(const YAML::Node& node) const
+/// What a model is named, which mergekit writes as a mapping too: `{model: {path: P, revision: R}, lora: {path: L}}`.
+model_names::reference model_names::reference_of(const YAML::Node& node) const
 {
-    if (!node.IsMap()) { return scalar_of(where_, node, "a model"); }
+    if (!node.IsMap()) { return {scalar_of(where_, node, "a model"), std::nullopt}; }
     const auto path_of = [&](const YAML::Node& part) {
         if (!part.IsMap()) { return scalar_of(where_, part, "a model"); }
         const mapping parts(where_, part, "a model", {"path", "revision"});
@@ -76,11 +76,11 @@ std::string model_names::reference_of(const YAML::Node& node) const
     if (const auto one = parts.find("override_architecture")) {
         where_.fail(one->key, "'override_architecture' is not supported: names tell what tensors are");
     }
-    if (parts.find("path")) { return path_of(node); }
+    if (parts.find("path")) { return {path_of(node), std::nullopt}; }
     const auto model = parts.find("model");
     if (!model) { where_.fail(node, "a model without a 'path'"); }
     const auto lora = parts.find("lora");
-    return path_of(model->value) + (lora ? "+" + path_of(lora->value) : "");
+    return {path_of(model->value), lora ? std::optional(path_of(lora->value)) : std::nullopt};
 }
 
 const input& model_names::find(const YAML::Node& node)
@@ -92,27 +92,32 @@ const input& model_names::find(const YAML::Node& node)
 
 input model_names::read(const YAML::Node& node)
 {
+    const auto reference = reference_of(node);
     input made;
     made.at = node;
-    made.name = reference_of(node);
-    const auto plus = made.name.find('+');
-    for (const auto end : {made.name.npos, plus}) { // by itself, or with an adapter
-        const auto stage = stages_.find(made.name.substr(0, end));
-        if (stage == stages_.end()) { continue; }
-        needs_.emplace(stage->first, node);
-        made.path = stage->second.string();
-        if (end != made.name.npos) { made.adapter = find_model(where_, node, made.name.substr(end + 1)).string(); }
+    made.name = reference.model + (reference.adapter ? "+" + *reference.adapter : "");
+    const auto put = [&](const std::string& model, const std::optional<std::string>& adapter) {
+        const auto stage = stages_.find(model);
+        if (stage != stages_.end()) { needs_.emplace(stage->first, node); }
+        made.path = (stage != stages_.end() ? stage->second : find_model(where_, node, model)).string();
+        if (adapter) { made.adapter = find_model(where_, node, *adapter).string(); }
         return made;
+    };
+    const auto is_there = [&](const std::string& name) {
+        std::error_code ignored;
+        return stages_.contains(name) || fs::exists(name, ignored);
+    };
+    const auto& name = reference.model;
+    const auto first = name.find('+');
+    if (reference.adapter || first == name.npos || is_there(name)) { return put(name, reference.adapter); }
+    std::optional<std::size_t> between, behind; // of several the first between what is there, or behind it
+    for (auto plus = first; plus != name.npos; plus = name.find('+', plus + 1)) {
+        if (!is_there(name.substr(0, plus))) { continue; }
+        if (!behind) { behind = plus; }
+        if (!between && is_there(name.substr(plus + 1))) { between = plus; }
     }
-    std::error_code ignored;
-    if (plus != made.name.npos && !fs::exists(made.name, ignored)) {
-        made.path = find_model(where_, node, made.name.substr(0, plus)).string();
-        made.adapter = find_model(where_, node, made.name.substr(plus + 1)).string();
-    }
-    else {
-        made.path = find_model(where_, node, made.name).string();
-    }
-    return made;
+    const auto at = between ? *between : behind.value_or(first);
+    return put(name.substr(0, at), name.substr(at + 1));
 }
 
 } // namespace tool::configuration

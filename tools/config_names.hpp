@@ -43,7 +43,12 @@ public:
     [[nodiscard]] const stages_named& needs() const { return needs_; }
 
 private:
-    [[nodiscard]] std::string reference_of(const YAML::Node& node) const;
+    /// A model, and the adapter on it where it is named by itself; a name may hold both.
+    struct reference {
+        std::string model;
+        std::optional<std::string> adapter{};
+    };
+    [[nodiscard]] reference reference_of(const YAML::Node& node) const;
     [[nodiscard]] input read(const YAML::Node& node);
 
     const place& where_;

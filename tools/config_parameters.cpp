@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <optional>
 #include <set>
@@ -399,6 +400,9 @@ private:
         if (one.row == "density") { // there 0 keeps nothing, and what is above 1 all: a share that is no entry here
             constexpr double no_entry = 1e-30;
             for (double& number : numbers) { number = number == 0 ? no_entry : std::min(number, 1.0); }
+        }
+        if (one.row == "tolerance") { // there 0 is never reached, and the steps are all that are given
+            for (double& number : numbers) { number = number == 0 ? std::numeric_limits<double>::min() : number; }
         }
         if (one.row == "gamma") { // 1 there is whatever density leaves, as is any share above that
             for (double& number : numbers) { number = std::min(number, std::nextafter(1.0, 0.0)); }

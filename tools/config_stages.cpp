@@ -236,6 +236,35 @@ std::size_t times_taken(const merge_request& request, const std::string& path)
     return times;
 }
 
+/// What the result of a document was made of: where that is the result of another, what this was made of.
+std::vector<ingredient> ingredients_of(const merge_request& request, const std::string& name)
+{
+    std::vector<ingredient> all;
+    std::set<std::string> seen;
+    const auto add = [&](const std::string& role, const std::string& path, double weight = 1, bool adapter = false) {
+        if (!seen.insert(path).second) { return; }
+        const auto place = request.made_of.find(path);
+        if (place == request.made_of.end()) { all.push_back({role + " of '" + name + "'", path, weight, adapter}); }
+        else {
+            all.insert(all.end(), place->second.begin(), place->second.end());
+        }
+    };
+    if (!request.base.empty()) { add("base", request.base); }
+    if (!request.base_adapter.empty()) {
+        add("adapter on the base", parse_task(request.base_adapter, "an adapter").path.string(), 1, true);
+    }
+    for (const auto& task : parse_tasks(request.tasks)) {
+        const auto host = request.adapters.find(task.text);
+        const bool adapter = host != request.adapters.end();
+        if (adapter && !host->second.empty()) { add("task", host->second); }
+        add(adapter ? "adapter" : "task", task.path.string(), task.weight, adapter);
+    }
+    for (const auto& [key, view] : request.views) {
+        for (const auto& part : view) { add("layers", part.path); }
+    }
+    return all;
+}
+
 /// Where results between lie: beside the output, or where temporary files do when nothing is written.
 fs::path folder_of_stages(const run_settings& given)
 {
@@ -277,6 +306,7 @@ public:
         for (const auto d : order) {
             auto stage = given_;
             stage.request.unstored = unstored_;
+            stage.request.made_of = made_of_;
             (void)read_document(stage, documents_[d], made_, true);
             with_place(stage, [&] { names_[d].empty() ? merge_last(stage) : merge_between(stage, names_[d]); });
         }
@@ -331,6 +361,7 @@ private:
             why.empty() ? "is worked out while it is read" : "is stored until the last merge is done: " + why;
         const auto folder = scratch_.path() / name;
         made_[name] = folder;
+        made_of_[folder.string()] = ingredients_of(stage.request, name);
         stage.request.out = folder.string() + "/";
         stage.request.run.report.clear();
         call_stages(stage.request);
@@ -363,6 +394,7 @@ private:
     const std::vector<std::string> names_;
     const scratch_directory scratch_;
     stages made_;
+    std::map<std::string, std::vector<ingredient>> made_of_; ///< results, by where they lie
     std::map<std::string, std::string> why_stored_; ///< results, by their names; empty: they are not
     std::map<std::string, std::shared_ptr<const taskvec::const_model_ref>> unstored_; ///< by where they would lie
 };

@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -24,12 +22,15 @@ namespace tool::configuration {
 
 namespace {
 
-/// The tokenizer.json of a model's directory; nothing where it has none.
-std::optional<std::string> tokenizer_text_of(const std::string& model)
+/// What lies beside a model that says what its tokens are, and cannot be read here; empty where nothing does.
+std::string slow_tokenizer_of(const fs::path& model)
 {
-    std::ifstream file(fs::path(model) / "tokenizer.json", std::ios::binary);
-    if (!file) { return std::nullopt; }
-    return std::string(std::istreambuf_iterator<char>(file), {});
+    std::error_code ignored;
+    const auto folder = fs::is_directory(model, ignored) ? model : model.parent_path();
+    for (const char* name : slow_tokenizer_names) {
+        if (fs::is_regular_file(folder / name, ignored)) { return name; }
+    }
+    return "";
 }
 
 class tokenizer_reader {
@@ -46,7 +47,7 @@ public:
     /// Whose vocabulary the result has, where models differ in it, and what becomes of rows of single tokens.
     void read()
     {
-        std::shared_ptr<const token_rules> rules;
+        std::shared_ptr<token_rules> rules;
         const auto one = find_source(rules);
         if (!one) { return; }
         std::optional<input> source;
@@ -57,37 +58,45 @@ public:
         if (request_.vocabulary != "error") {
             where_.fail(one->key, "'" + one->name + "' is given, and --vocabulary as well; expected one of them");
         }
-        const auto tokens = compare(source);
-        if (tokens.same && !rules) {
-            request_.vocabulary = "base"; // rows that pad may differ
-            if (source) { take_tokenizer(*source); }
-            return;
-        }
         const auto word = source ? source->name : one->value.Scalar();
         const auto what = "'" + one->name + ": " + shown(word) + "'";
-        if (!tokens.all_have) {
-            where_.fail(one->key, what + ": tokens are told apart by tokenizer.json, and not every model has one");
-        }
+        const bool same = have_same_tokens(*one, what, source);
         if (it_.sliced()) {
-            where_.fail(one->key,
-                rules
-                    ? "'tokens' and 'pad_to_multiple_of' are supported for whole models, and here are slices"
-                    : what + " is supported in slices where all models have the same tokenizer.json, and these differ");
+            if (rules->says_rows()) {
+                where_.fail(
+                    one->key, "'tokens' and 'pad_to_multiple_of' are supported for whole models, and here are slices");
+            }
+            if (!same) {
+                where_.fail(one->key,
+                    what + " is supported in slices where all models have the same tokenizer.json, and these differ");
+            }
         }
+        if (rules->at.empty()) { rules->at = where_.of(one->key) + ": " + what; }
         std::error_code ignored;
         const bool the_first = word == "base" || (source && fs::equivalent(source->path, reference_, ignored));
-        if (!tokens.same) { check_first(*one, what, source && !the_first, rules.get()); }
-        request_.vocabulary = the_first || tokens.same ? "base" : "union";
+        if (!same && source && !the_first) {
+            where_.fail(one->value,
+                what + ": the models' vocabularies differ; expected base, which is '" + reference_
+                    + "' here, or union");
+        }
+        if (same && source && rules->tokens.empty()) { take_tokenizer(*source); }
+        request_.vocabulary = the_first || same ? "base" : "union";
         request_.rows_of_tokens = std::move(rules);
+        for (auto& [text, model] : request_.adapters) { // the adapter's model has rows of its own
+            if (model.empty()) { model = request_.base; }
+        }
     }
 
 private:
     /// `tokenizer_source`, or the `source` of `tokenizer`, whose rules are read.
-    std::optional<mapping::entry> find_source(std::shared_ptr<const token_rules>& rules)
+    std::optional<mapping::entry> find_source(std::shared_ptr<token_rules>& rules)
     {
         auto one = top_.find("tokenizer_source");
         const auto block = top_.find("tokenizer");
-        if (!block) { return one; }
+        if (!block) {
+            if (one) { rules = plain_rules(); }
+            return one;
+        }
         if (one) { where_.fail(block->key, "'tokenizer' and 'tokenizer_source' are both given"); }
         const mapping parts(where_, block->value, "'tokenizer'", {"source", "tokens", "pad_to_multiple_of"});
         rules = read_rules(parts);
@@ -95,47 +104,43 @@ private:
         return mapping::entry{"source", block->key, YAML::Node("union")};
     }
 
-    /// Whether all models have a tokenizer.json, and the same tokens in it.
-    struct comparison {
-        bool same = false, all_have = false;
-    };
-    [[nodiscard]] comparison compare(const std::optional<input>& source) const
+    /// Whether all models have the same tokens; those of a model without a tokenizer are the first one's, as there.
+    /// Throws invalid_argument where a tokenizer cannot be read.
+    [[nodiscard]] bool have_same_tokens(
+        const mapping::entry& one, const std::string& what, const std::optional<input>& source) const
     {
-        const auto first = tokenizer_text_of(reference_);
-        comparison tokens{first.has_value(), first.has_value()};
-        std::optional<decltype(token_table::ids)> ids;
-        std::set<std::string> seen;
-        const auto look = [&](const input& model) {
-            if (!seen.insert(model.path).second) { return; }
-            const auto its = tokenizer_text_of(model.path);
-            tokens.all_have = tokens.all_have && its.has_value();
-            tokens.same = tokens.same && its.has_value();
-            if (!tokens.same || its == first) { return; } // settings may differ where tokens do not
-            if (!ids) { ids = read_tokens(fs::path(reference_) / "tokenizer.json").ids; }
-            tokens.same = read_tokens(fs::path(model.path) / "tokenizer.json").ids == *ids;
+        const auto refuse = [&](const input* model, const std::string& its) {
+            const auto label = "'" + (model ? model->name : reference_) + "'";
+            where_.fail(one.key,
+                what + ": " + label + " has no tokenizer.json, by which tokens are told apart"
+                    + (its.empty() ? "" : ", and its '" + its + "' is not read")
+                    + ": copy one there (of the model that it was trained from, if no tokens were added), or leave '"
+                    + (top_.find("tokenizer") ? "tokenizer" : "tokenizer_source")
+                    + "' out, and rows are merged by their numbers");
         };
+        const auto first = tokenizer_of(reference_);
+        if (first.empty()) { refuse(nullptr, slow_tokenizer_of(reference_)); }
+        std::optional<decltype(token_table::ids)> ids;
+        bool same = true;
+        std::set<std::string> seen{reference_};
+        const auto look = [&](const input& model, bool is_source) {
+            if (!seen.insert(model.path).second) { return; }
+            const auto its = tokenizer_of(model.path);
+            if (its.empty()) {
+                const auto slow = slow_tokenizer_of(model.path);
+                if (is_source || !slow.empty()) { refuse(&model, slow); }
+                return;
+            }
+            if (!same || equal_files(its, first)) { return; } // settings may differ where tokens do not
+            if (!ids) { ids = read_tokens(first).ids; }
+            same = read_tokens(its).ids == *ids;
+        };
+        if (source) { look(*source, true); }
         for (const auto& part : slices_) {
-            for (const auto& model : part.inputs) { look(model); }
-            if (part.base) { look(*part.base); }
+            for (const auto& model : part.inputs) { look(model, false); }
+            if (part.base) { look(*part.base, false); }
         }
-        if (source) { look(*source); }
-        return tokens;
-    }
-
-    /// Vocabularies that differ begin with that of the first model.
-    void check_first(
-        const mapping::entry& one, const std::string& what, bool of_another, const token_rules* rules) const
-    {
-        if (of_another) {
-            where_.fail(one.value,
-                what + ": the models' vocabularies differ; expected base, which is '" + reference_
-                    + "' here, or union");
-        }
-        if (rules && rules->base.value_or(0) != 0) {
-            where_.fail(top_.find("base_model")->value,
-                "the vocabulary begins with that of the first model, and the base is another: put it first among the "
-                "models");
-        }
+        return same;
     }
 
     /// The result has the tokenizer of this model, whose tokens are those of all.
@@ -161,13 +166,21 @@ private:
         return before + static_cast<std::size_t>(place - inputs.begin());
     }
 
-    /// `tokens` and `pad_to_multiple_of`; nullptr where neither says anything.
-    std::shared_ptr<const token_rules> read_rules(const mapping& parts)
+    /// The rules of a result that has a row for each token of its tokenizer, and no others.
+    [[nodiscard]] std::shared_ptr<token_rules> plain_rules()
     {
         auto rules = std::make_shared<token_rules>();
-        if (const auto base = top_.find("base_model")) {
+        if (!request_.base.empty()) { rules->base = 0; }
+        else if (const auto base = top_.find("base_model")) {
             rules->base = place_among_models(it_.names.find(base->value));
         }
+        return rules;
+    }
+
+    /// `tokens` and `pad_to_multiple_of`.
+    std::shared_ptr<token_rules> read_rules(const mapping& parts)
+    {
+        auto rules = plain_rules();
         if (const auto one = parts.find("pad_to_multiple_of")) {
             constexpr std::uint64_t most = 1 << 20;
             rules->multiple = std::max<std::uint64_t>(1, whole_of(where_, one->value, one->name, most)); // 0: none
@@ -178,7 +191,7 @@ private:
             for (const auto& token : all.entries()) { rules->tokens.push_back(read_rule(token)); }
             rules->at = where_.of(one->key) + ": 'tokens'";
         }
-        return rules->at.empty() || (rules->tokens.empty() && rules->multiple == 1) ? nullptr : rules;
+        return rules;
     }
 
     token_rule read_rule(const mapping::entry& token)

@@ -86,9 +86,11 @@ void add_files(model_folder& out, const merge_request& request, const copy_reque
     const bool untied = !layers.empty() && says_tied(source) // a head of its own, of another model than the embedding
         && std::any_of(plan.specs.begin(), plan.specs.end(),
             [](const taskvec::tensor_spec& spec) { return spec.name.ends_with("lm_head.weight"); });
+    auto models = recipe_models(request, inputs);
+    auto made_of = recipe_ingredients(request, models);
     add_model_files(out, copies, request.run,
-        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options, layers, untied,
-            &inputs.vocabulary(), request.called},
+        {"Merged by " + request.method, request.method, std::move(models), options, layers, untied,
+            &inputs.vocabulary(), request.called, std::move(made_of)},
         plan.specs);
 }
 

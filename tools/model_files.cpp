@@ -19,12 +19,15 @@
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <cstddef>
+#include <deque>
 #include <iterator>
 #include <map>
 #include <optional>
 #include <set>
 #include <span>
 #include <string_view>
+#include <utility>
 
 namespace tool {
 
@@ -413,11 +416,26 @@ taskvec::const_model_ref as_opened(const taskvec::checkpoint& model)
     return found;
 }
 
+/// What a result was made of, opened: `opened` is one of `files`.
+std::vector<recipe::model> opened(const std::vector<ingredient>& parts, std::deque<taskvec::checkpoint>& files)
+{
+    std::vector<recipe::model> models;
+    for (const auto& part : parts) {
+        files.push_back(part.adapter ? open_adapter(part.path) : open_guarded(part.path));
+        models.push_back({part.role, parse_task(part.path, "a model").name, part.path, part.weight, &files.back()});
+    }
+    return models;
+}
+
 std::string card_of(const recipe& how, const fs::path& out, const fs::path& source, const taskvec::cpu& policy)
 {
     std::string text = "---\nbase_model:\n";
     std::set<std::string> named;
-    for (const auto& model : how.models) {
+    std::deque<taskvec::checkpoint> files;
+    auto models = how.models;
+    for (auto& one : opened(how.made_of, files)) { models.push_back(std::move(one)); }
+    for (const auto& model : models) {
+        if (model.is_result) { continue; }
         const auto name = hub_name(model);
         if (named.insert(name).second) { text += "- " + yaml_text(name) + "\n"; }
     }
@@ -428,15 +446,19 @@ std::string card_of(const recipe& how, const fs::path& out, const fs::path& sour
     text += "---\n" + std::string(card_mark) + "\n\n# " + table_cell(whole.filename().string()) + "\n\n" + how.done
         + " with taskvec " + tool_version() + ":\n\n```\ntaskvec";
     for (const auto& word : command_words()) { text += " " + shell_word(printable(word)); }
-    text += "\n```\n\n| model | role | weight | fingerprint |\n|---|---|---|---|\n";
+    const std::string head = "| model | role | weight | fingerprint |\n|---|---|---|---|\n";
+    text += "\n```\n\n" + head;
     std::uint64_t bytes = 0;
-    for (const auto& model : how.models) { bytes += model.opened->data_bytes(); }
+    for (const auto& model : models) { bytes += model.opened->data_bytes(); }
     const bool all_bytes = bytes <= fingerprinted_bytes;
-    for (const auto& model : how.models) {
-        const auto opened = model.unstored ? *model.unstored : as_opened(*model.opened);
-        const auto fingerprint = all_bytes ? taskvec::fingerprint(policy, opened) : taskvec::fingerprint_sketch(opened);
+    for (const auto& model : models) {
+        if (&model - models.data() == static_cast<std::ptrdiff_t>(how.models.size())) {
+            text += "\nResults of other documents among them were made of:\n\n" + head;
+        }
+        const auto seen = model.unstored ? *model.unstored : as_opened(*model.opened);
+        const auto fingerprint = all_bytes ? taskvec::fingerprint(policy, seen) : taskvec::fingerprint_sketch(seen);
         text += "| " + table_cell(hub_name(model)) + " | " + model.role + " | "
-            + (model.role == "base" ? std::string("") : taskvec::message(model.weight)) + " | `"
+            + (model.role.starts_with("base") ? std::string("") : taskvec::message(model.weight)) + " | `"
             + taskvec::fingerprint_text(fingerprint) + "` |\n";
     }
     text += std::string("\nA fingerprint is a 64-bit number over names, dtypes, shapes and ")
@@ -515,13 +537,53 @@ std::vector<recipe::model> recipe_models(const model_request& request, const mer
         if (std::any_of(models.begin(), models.end(), same)) { continue; }
         models.push_back({"layers of it", parse_task(part.path().string(), "a model").name, part.path(), 1, &part});
     }
-    for (auto& model : models) { model.unstored = unstored(request, model.path); }
+    for (auto& model : models) {
+        model.unstored = unstored(request, model.path);
+        model.is_result = request.made_of.contains(model.path.string());
+    }
     return models;
 }
 
-void add_model_files(model_folder& out, const copy_request& copies, const run_options& run, const recipe& how,
+std::vector<ingredient> recipe_ingredients(const model_request& request, const std::vector<recipe::model>& models)
+{
+    std::vector<ingredient> parts;
+    std::set<std::string> seen;
+    for (const auto& model : models) { seen.insert(model.path.string()); }
+    for (const auto& model : models) {
+        const auto place = request.made_of.find(model.path.string());
+        if (place == request.made_of.end()) { continue; }
+        for (const auto& part : place->second) {
+            if (seen.insert(part.path).second) { parts.push_back(part); }
+        }
+    }
+    return parts;
+}
+
+namespace {
+
+/// --copy-from an adapter's directory, which holds a tokenizer and no model's configuration: the tokenizer is taken,
+/// and the other files are the first model's.
+copy_request with_configuration(copy_request copies, const recipe& how, const run_options& run)
+{
+    std::error_code ignored;
+    const fs::path from = copies.from, first = how.models.front().path;
+    if (from.empty() || tokenizer_of(from).empty() || !fs::is_directory(from, ignored)
+        || fs::exists(from / "config.json", ignored) || !fs::exists(first / "config.json", ignored)) {
+        return copies;
+    }
+    note(run,
+        how.label_of(from) + " has a tokenizer and no config.json: the other files are those of "
+            + how.label_of(first));
+    copies.tokenizer_from = std::exchange(copies.from, first.string());
+    return copies;
+}
+
+} // namespace
+
+void add_model_files(model_folder& out, const copy_request& asked, const run_options& run, const recipe& how,
     const std::vector<taskvec::tensor_spec>& specs, const std::string& weights)
 {
+    const auto copies = with_configuration(asked, how, run);
     const auto& folder = out.folder();
     const fs::path source = !copies.from.empty() ? fs::path(copies.from) : how.models.front().path;
     if (!copies.from.empty() && !holds_files(source)) {

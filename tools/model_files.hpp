@@ -33,6 +33,7 @@ struct recipe {
         double weight = 1;
         const taskvec::checkpoint* opened = nullptr;
         const taskvec::const_model_ref* unstored = nullptr; ///< the tensors, where `opened` is only their outline
+        bool is_result = false; ///< of another document, which nobody else has
     };
     std::string done; ///< "Merged by ties", say
     std::string method;
@@ -42,6 +43,7 @@ struct recipe {
     bool untied = false; ///< the head is no longer the embedding
     const lined_up_vocabulary* vocabulary = nullptr; ///< what became of rows of tokens
     std::map<std::string, std::string> called{}; ///< model_request's
+    std::vector<ingredient> made_of{}; ///< what models that are results were made of
 
     /// What a model is called in what is said.
     [[nodiscard]] std::string label_of(const fs::path& path) const
@@ -50,6 +52,9 @@ struct recipe {
         return "'" + (place == called.end() ? path.string() : place->second) + "'";
     }
 };
+/// What results of other documents among the models of a merge were made of.
+[[nodiscard]] std::vector<ingredient> recipe_ingredients(
+    const model_request& request, const std::vector<recipe::model>& models);
 /// The models of a merge.
 [[nodiscard]] std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs);
 

@@ -404,7 +404,14 @@ void merge_inputs::put_on(taskvec::checkpoint& model, const task_argument& adapt
         request.run);
     auto changed = model.model();
     for (auto& source : sum->changes().put_into(changed)) { sources_.push_back(std::move(source)); }
-    model.set_model(std::move(changed));
+    taskvec::const_model_ref stored; // a result has the model's dtypes, whatever sums are in
+    for (const auto& [name, tensor] : changed) {
+        auto one = tensor;
+        const auto& before = *model.model().find(name);
+        if (!before.source && taskvec::is_storage(before.dtype)) { one.dtype = before.dtype; }
+        stored.insert(name, one);
+    }
+    model.set_model(std::move(stored));
 }
 
 merge_inputs::~merge_inputs() = default;
@@ -568,7 +575,7 @@ void merge_inputs::line_up_vocabulary(const model_request& request)
     const auto& models = vocabulary_->models();
     task_models_.assign(models.begin() + (base_ ? 1 : 0), models.end());
     if (!vocabulary_->changed()) { return; }
-    if (request.run.device != "cpu") {
+    if (vocabulary_->works_out_rows() && request.run.device != "cpu") {
         throw usage_error("--vocabulary lines rows up on the cpu; leave --device " + request.run.device + " out");
     }
     for (const auto& [t, sum] : sums_) {

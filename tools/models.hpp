@@ -54,6 +54,13 @@ struct layer_origin {
 /// Of a layer that is in the view.
 [[nodiscard]] layer_origin origin_of(const model_view& view, std::size_t layer);
 
+/// A model, or an adapter, that the result of a document was made of.
+struct ingredient {
+    std::string role, path;
+    double weight = 1;
+    bool adapter = false;
+};
+
 /// Which models, which of their tensors, and what is wrong with these.
 struct model_request {
     std::string base, out;
@@ -73,6 +80,8 @@ struct model_request {
     std::map<std::string, std::string> called; ///< what paths are called in what is said, where not by themselves
     /// Models that are stored nowhere, by the paths under which their outlines lie (unstored_merge).
     std::map<std::string, std::shared_ptr<const taskvec::const_model_ref>> unstored;
+    /// What models that are results of other documents were made of, by their paths.
+    std::map<std::string, std::vector<ingredient>> made_of;
 };
 /// What stands for the tensors in the file of a path that is only a model's outline; nullptr for others.
 [[nodiscard]] const taskvec::const_model_ref* unstored(const model_request& request, const fs::path& path);

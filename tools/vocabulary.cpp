@@ -70,7 +70,7 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
 {
     for (const auto& input : inputs) { models_.push_back(*input.model); }
     const auto [names, rows_differ] = tensors_of_tokens(inputs, include);
-    if (rules_ && names.empty()) {
+    if (rules_ && rules_->says_rows() && names.empty()) {
         refuse_rule(
             rules_->at, inputs.front().label + " has no tensor with a row for each token, such as embed_tokens.weight");
     }
@@ -86,6 +86,7 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
         return;
     }
     read_tokenizers(inputs);
+    if (rules_) { take_tokens_of_first(inputs, names); }
     plan(inputs, names);
     for (const auto& name : names) { line_up(inputs, name); }
     runs_.clear();
@@ -226,14 +227,41 @@ void lined_up_vocabulary::check_by_index(
 void lined_up_vocabulary::read_tokenizers(const std::vector<vocabulary_input>& inputs)
 {
     if (members_.front().tokenizer.empty()) { return; }
+    std::vector<fs::path> files;
     for (std::size_t m = 0; m < inputs.size(); ++m) {
         auto& mine = members_[m];
+        files.push_back(mine.tokenizer);
         if (mine.tokenizer.empty()) { continue; }
-        mine.tokens = read_tokens(mine.tokenizer);
+        const auto same = first_with_tokenizer(files, m);
+        mine.tokens = same < m ? members_[same].tokens : read_tokens(mine.tokenizer); // texts stay those of the former
         mine.by_text = true;
         for (const auto& [name, tensor] : models_[m]) {
             if (!is_of_tokens(name, tensor.shape) || tensor.shape.empty() || !models_.front().find(name)) { continue; }
             check_rows(mine.tokenizer, mine.tokens, name, tensor, inputs[m].label);
+        }
+    }
+}
+
+/// Models without a tokenizer have the tokens of the first one, as for mergekit.
+void lined_up_vocabulary::take_tokens_of_first(
+    const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names)
+{
+    const auto& first = members_.front();
+    if (!first.by_text) {
+        refuse_rule(rules_->at, inputs.front().label + " has no tokenizer.json, which says what its tokens are");
+    }
+    for (std::size_t m = 1; m < inputs.size(); ++m) {
+        auto& mine = members_[m];
+        if (mine.by_text) { continue; }
+        mine.tokens = first.tokens; // texts stay those of the former
+        mine.by_text = true;
+        for (const auto& name : names) {
+            const auto* const tensor = models_[m].find(name);
+            if (!tensor || rows_of(name, *tensor) >= first.tokens.size()) { continue; }
+            refuse_rule(rules_->at,
+                taskvec::message(inputs[m].label, " has no tokenizer.json, and its '", name, "' has ",
+                    counted(rows_of(name, *tensor), "row"), " for the ", counted(first.tokens.size(), "token"), " of ",
+                    inputs.front().label, ": copy its tokenizer.json there"));
         }
     }
 }
@@ -298,11 +326,6 @@ void lined_up_vocabulary::cut_behind_common_tokens(const std::vector<vocabulary_
 void lined_up_vocabulary::add_tokens_of_rules(const std::vector<vocabulary_input>& inputs)
 {
     const auto& first = members_.front();
-    for (std::size_t m = 0; m < members_.size(); ++m) {
-        if (!members_[m].by_text) {
-            refuse_rule(rules_->at, inputs[m].label + " has no tokenizer.json, which says what its tokens are");
-        }
-    }
     std::set<std::string, std::less<>> known;
     for (const auto& one : new_tokens_) { known.insert(one.text); }
     for (const auto& rule : rules_->tokens) {
@@ -500,6 +523,7 @@ void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, c
         else {
             const auto stored = taskvec::is_storage(changed.dtype) ? changed.dtype : taskvec::dtype::f32;
             changed = fill_up(select(tensors, mine, stored), filled);
+            works_out_ = true;
         }
         replace(m, name, changed);
     }
@@ -558,11 +582,19 @@ void lined_up_vocabulary::say(const std::vector<vocabulary_input>& inputs, const
     if (!lacking.empty()) {
         note(run,
             "no tokenizer.json beside " + lacking
-                + (members_.front().by_text ? ": rows of the vocabulary are lined up by index there"
-                                            : ": rows of the vocabulary are lined up by index"));
+                + (rules_                          ? ": the tokens there are taken for those of " + inputs.front().label
+                        : members_.front().by_text ? ": rows of the vocabulary are lined up by index there"
+                                                   : ": rows of the vocabulary are lined up by index"));
     }
     say_tokens(inputs, run);
     say_rows(inputs.front(), run);
+}
+
+/// Whose rows stand for those of the first model's tokens that another lacks.
+std::string lined_up_vocabulary::what_stands_in() const
+{
+    return rules_ && !rules_->base ? "the mean of the models that have them stands for them"
+                                   : "rows of the latter stand for them";
 }
 
 /// Which tokens models have that others lack.
@@ -586,9 +618,7 @@ void lined_up_vocabulary::say_tokens(const std::vector<vocabulary_input>& inputs
                     + " lacks: " + (policy_ == vocabulary_policy::all ? "the result has them" : "left out"));
         }
         if (!less.empty() && cut_ == 0) {
-            note(run,
-                inputs[m].label + " lacks " + token_list(less) + " of " + label
-                    + ": rows of the latter stand for them");
+            note(run, inputs[m].label + " lacks " + token_list(less) + " of " + label + ": " + what_stands_in());
         }
     }
     if (cut_ == 0) { return; }

@@ -53,12 +53,16 @@ struct token_rule {
     bool force = false; ///< for models that have the token too
     std::string at{}; ///< where it is said, for errors
 };
-/// What a configuration says of the rows of tokens. The result has as many as its tokenizer has tokens.
+/// What a configuration that names a tokenizer says of the rows of tokens. The result has as many as its tokenizer has
+/// tokens.
 struct token_rules {
     std::vector<token_rule> tokens{};
     std::uint64_t multiple = 1; ///< of which the number of rows is one: what is added is the mean of the tokens' rows
     std::optional<std::size_t> base{}; ///< the input whose row stands for that which another lacks; nothing: the mean
     std::string at{}; ///< where it is said, for errors
+
+    /// Whether it says more than that rows are those of tokens.
+    [[nodiscard]] bool says_rows() const { return !tokens.empty() || multiple > 1; }
 };
 
 /// A model whose rows are to be lined up.
@@ -80,7 +84,8 @@ struct vocabulary_input {
 class lined_up_vocabulary {
 public:
     /// `include`: which tensors count for the policy `error`; empty: all. `rules`: for the policies `base` and `all`,
-    /// and all inputs have a tokenizer.json then; throws invalid_argument, with the place, for what no model has.
+    /// and the first input has a tokenizer.json then, which stands for that of inputs without one; throws
+    /// invalid_argument, with the place, for what no model has.
     lined_up_vocabulary(const std::vector<vocabulary_input>& inputs, vocabulary_policy policy,
         const std::function<bool(std::string_view)>& include, const run_options& run,
         std::shared_ptr<const token_rules> rules = {});
@@ -91,6 +96,8 @@ public:
     [[nodiscard]] const std::vector<taskvec::const_model_ref>& models() const { return models_; }
     /// Whether rows were lined up: some model, or the result, has others than before.
     [[nodiscard]] bool changed() const { return changed_; }
+    /// Whether rows of some model were put together anew, and not only the last ones left out.
+    [[nodiscard]] bool works_out_rows() const { return works_out_; }
     /// Names of tensors whose rows were lined up.
     [[nodiscard]] const std::vector<std::string>& tensors() const { return tensors_; }
 
@@ -160,6 +167,8 @@ private:
     bool keep_ids(nlohmann::json& tokenizer) const;
     bool remove_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& lost) const;
     void say(const std::vector<vocabulary_input>& inputs, const run_options& run) const;
+    [[nodiscard]] std::string what_stands_in() const;
+    void take_tokens_of_first(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names);
     void say_tokens(const std::vector<vocabulary_input>& inputs, const run_options& run) const;
     void say_rows(const vocabulary_input& first, const run_options& run) const;
 
@@ -173,7 +182,7 @@ private:
     std::vector<new_token> new_tokens_; ///< `all`: behind the first one's, in this order
     std::map<std::string_view, std::uint64_t> new_ids_;
     std::uint64_t cut_ = 0; ///< `truncate`: tokens from here on are left out; 0: none
-    bool changed_ = false;
+    bool changed_ = false, works_out_ = false;
     std::map<row_counts, std::vector<std::vector<taskvec::row_run>>> runs_; ///< by rows, for each model
     std::map<std::string, row_counts> counts_; ///< of tensors_, before
 };

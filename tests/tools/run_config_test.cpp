@@ -64,6 +64,52 @@ struct configured {
         REQUIRE(done.code == 0);
         return read_values(folder / "merged.safetensors");
     }
+    /// A model with a tokenizer and an embedding, the row of whose tokens is the token's byte and the shift; and with
+    /// rows that pad.
+    void give(const std::string& name, const std::vector<std::string>& tokens, float shift, int padding = 0) const
+    {
+        std::filesystem::create_directories(folder / name);
+        std::vector<float> rows;
+        nlohmann::json vocabulary = nlohmann::json::object();
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+            vocabulary[tokens[i]] = i;
+            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
+        }
+        rows.insert(rows.end(), static_cast<std::size_t>(2 * padding), 7.0F);
+        const auto count = static_cast<std::int64_t>(rows.size() / 2);
+        write_values(folder / name / "model.safetensors",
+            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
+        spill(folder / name / "config.json", nlohmann::json{{"vocab_size", count}, {"of", name}}.dump());
+        spill(folder / name / "tokenizer_config.json", R"({"added_tokens_decoder": {}})");
+        spill(folder / name / "tokenizer.json",
+            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
+                .dump());
+    }
+    /// An adapter, 'lora', that adds 0.125 to each entry of a weight.
+    void give_adapter() const
+    {
+        const std::string module = "base_model.model.layers.1.mlp";
+        std::filesystem::create_directories(folder / "lora");
+        write_values(folder / "lora/adapter_model.safetensors",
+            {{module + ".lora_A.weight", {taskvec::dtype::f32, {1, 7}, std::vector<float>(7, 0.5F)}},
+                {module + ".lora_B.weight", {taskvec::dtype::f32, {6, 1}, std::vector<float>(6, 0.25F)}}});
+        spill(folder / "lora/adapter_config.json", R"({"peft_type": "LORA", "r": 1, "lora_alpha": 1})");
+    }
+    /// The embedding of a result has these rows of two, and its configuration counts them.
+    void check_rows(
+        const std::string& text, const std::vector<float>& expected, const std::vector<std::string>& more = {}) const
+    {
+        CAPTURE(text);
+        const auto made = result(text + "\n", more).at("model.embed_tokens.weight");
+        CHECK(made.shape == std::vector<std::int64_t>{static_cast<std::int64_t>(expected.size() / 2), 2});
+        REQUIRE(made.values.size() == expected.size());
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            CAPTURE(i);
+            CHECK(made.values[i] == doctest::Approx(expected[i]).epsilon(1e-6));
+        }
+        CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["vocab_size"] == expected.size() / 2);
+    }
     /// What a configuration is refused for: one line with the place, nothing written.
     [[nodiscard]] std::string refusal(const std::string& text) const
     {
@@ -589,7 +635,7 @@ TEST_CASE("configurations that are bombs are answered at once")
     for (int i = 0; i < 150; ++i) { tokens += ",*k"; }
     tokens += "]}}\n";
     for (int i = 0; i < 50000; ++i) { tokens += "    t" + std::to_string(i) + ": *t\n"; }
-    has(m.refusal(tokens), "tokens are told apart by tokenizer.json, and not every model has one");
+    has(m.refusal(tokens), "'a' has no tokenizer.json, by which tokens are told apart");
     std::string uneven = "merge_method: linear\nparameters: {weight: 1}\nslices:\n" + many + "]\n- sources: &o [";
     uneven += "{model: a, layer_range: [0, 1]}]\n";
     for (int i = 0; i < 9000; ++i) { uneven += "- {sources: *o}\n"; }
@@ -754,25 +800,8 @@ TEST_CASE("a configuration's tokenizer_source is --vocabulary")
 {
     const configured m;
     if (!reads_yaml(m)) { return; }
-    const auto give = [&](const std::string& name, const std::vector<std::string>& tokens, float shift) {
-        std::filesystem::create_directories(m.folder / name);
-        std::vector<float> rows;
-        nlohmann::json vocabulary = nlohmann::json::object();
-        for (std::size_t i = 0; i < tokens.size(); ++i) {
-            vocabulary[tokens[i]] = i;
-            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
-        }
-        const auto count = static_cast<std::int64_t>(tokens.size());
-        write_values(m.folder / name / "model.safetensors",
-            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
-        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
-        spill(m.folder / name / "tokenizer.json",
-            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
-                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
-                .dump());
-    };
-    give("first", {"a", "b", "c"}, 0);
-    give("second", {"c", "d", "a"}, 0.5F);
+    m.give("first", {"a", "b", "c"}, 0);
+    m.give("second", {"c", "d", "a"}, 0.5F);
     const std::string head = "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - model: second\n"
                              "    parameters: {weight: 0.5}\n";
     for (const auto* word : {"base", "union"}) {
@@ -793,39 +822,13 @@ TEST_CASE("tokens of a configuration's tokenizer have the rows that it says, and
 {
     const configured m;
     if (!reads_yaml(m)) { return; }
-    const auto give = [&](const std::string& name, const std::vector<std::string>& tokens, float shift, int padding) {
-        std::filesystem::create_directories(m.folder / name);
-        std::vector<float> rows;
-        nlohmann::json vocabulary = nlohmann::json::object();
-        for (std::size_t i = 0; i < tokens.size(); ++i) {
-            vocabulary[tokens[i]] = i;
-            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
-        }
-        rows.insert(rows.end(), static_cast<std::size_t>(2 * padding), 7.0F);
-        const auto count = static_cast<std::int64_t>(rows.size() / 2);
-        write_values(m.folder / name / "model.safetensors",
-            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
-        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
-        spill(m.folder / name / "tokenizer_config.json", R"({"added_tokens_decoder": {}})");
-        spill(m.folder / name / "tokenizer.json",
-            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
-                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
-                .dump());
-    };
-    give("first", {"a", "b", "c"}, 0, 1); // a is 97
-    give("second", {"c", "d", "a"}, 0.5F, 0);
-    give("third", {"b", "d"}, 2, 0);
+    m.give("first", {"a", "b", "c"}, 0, 1); // a is 97
+    m.give("second", {"c", "d", "a"}, 0.5F);
+    m.give("third", {"b", "d"}, 2);
     const std::string head = "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - model: second\n"
                              "    parameters: {weight: 0.5}\ntokenizer: ";
     const auto check = [&](const std::string& text, const std::vector<float>& expected) {
-        const auto made = m.result(text + "\n").at("model.embed_tokens.weight");
-        CHECK(made.shape == std::vector<std::int64_t>{static_cast<std::int64_t>(expected.size() / 2), 2});
-        REQUIRE(made.values.size() == expected.size());
-        for (std::size_t i = 0; i < expected.size(); ++i) {
-            CAPTURE(i);
-            CHECK(made.values[i] == doctest::Approx(expected[i]).epsilon(1e-6));
-        }
-        CHECK(nlohmann::json::parse(slurp(m.folder / "out/config.json"))["vocab_size"] == expected.size() / 2);
+        m.check_rows(text, expected);
     };
 
     // Behind the five tokens is the mean of their rows: 78.9 and 0.1 in the first model, 79.1 and 0.3 in the second.
@@ -1747,4 +1750,236 @@ TEST_CASE("a tokenizer_source with the tokens of all gives the result its tokeni
     }
     has(m.refusal(config("padded", "")), "--vocabulary base");
     CHECK(same(m.result(config("padded", ""), {"--vocabulary", "base"}), plain));
+}
+
+TEST_CASE("a base that is merged as well gives the result its vocabulary and files, wherever it stands")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0); // a is 97
+    m.give("second", {"c", "d", "a"}, 0.5F);
+    const auto whose = [&] {
+        return nlohmann::json::parse(slurp(m.folder / "out/config.json"))["of"].get<std::string>();
+    };
+    const std::string models = "models: [{model: first}, {model: second}]\nparameters: {weight: 1}\n";
+    for (const std::string method : {"linear", "karcher"}) {
+        const auto head = "merge_method: " + method + "\nmodels: [{model: first}, {model: second}]\n"
+            + (method == "linear" ? "parameters: {weight: 1}\n" : "");
+        for (const std::string base : {"first", "second"}) {
+            for (const std::string source : {"", "tokenizer_source: base\n", "tokenizer_source: union\n"}) {
+                const auto made = m.result(head + "base_model: " + base + "\n" + source);
+                CHECK(whose() == base);
+                const auto rows = made.at("model.embed_tokens.weight").shape[0];
+                CHECK(rows == (source.find("union") == source.npos ? 3 : 4));
+                if (rows == 3) {
+                    CHECK(slurp(m.folder / "out/tokenizer.json") == slurp(m.folder / base / "tokenizer.json"));
+                }
+            }
+        }
+    }
+    const std::string linear = "merge_method: linear\nbase_model: second\n" + models;
+    const std::vector<float> own{99.25F, 0.25F, 100.5F, 0.5F, 97.25F, 0.25F}; // c, d, a; d is the base's
+    m.check_rows(linear + "tokenizer_source: base", own);
+    m.check_rows(linear + "tokenizer_source: second", own);
+    auto with_b = own;
+    with_b.insert(with_b.end(), {98, 0});
+    m.check_rows(linear + "tokenizer_source: union", with_b);
+    // What is not among the models is merged as well, and comes first.
+    m.check_rows("merge_method: linear\nbase_model: second\nmodels: [{model: first}]\nparameters: {weight: 1}\n"
+                 "tokenizer_source: base",
+        own);
+}
+
+TEST_CASE("without a base a row that a model lacks is the mean of those that have it")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "c"}, 0);
+    m.give("second", {"a"}, 1);
+    m.give("third", {"c", "a"}, 2);
+    for (const std::string source :
+        {"tokenizer_source: union", "tokenizer: {}", "tokenizer: {source: union, pad_to_multiple_of: 2}"}) {
+        // c is 99, its stand-in (99 + 101) / 2, and 101.
+        m.check_rows("merge_method: linear\nmodels:\n  - {model: first, parameters: {weight: 1}}\n"
+                     "  - {model: second, parameters: {weight: 0.5}}\n  - {model: third, parameters: {weight: 0.5}}\n"
+                + source,
+            {(97 + 49 + 49.5F) / 2, (0.5F + 1) / 2, (99 + 50 + 50.5F) / 2, (0.5F + 1) / 2});
+    }
+}
+
+TEST_CASE("with a tokenizer_source rows that pad take no part, and the result has none")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0, 4);
+    m.give("second", {"a", "b", "c"}, 9, 4);
+    m.give("more", {"b", "a", "d", "c"}, 5, 2);
+    m.give("first-alone", {"a", "b", "c"}, 0);
+    m.give("second-alone", {"a", "b", "c"}, 9);
+    m.give("more-alone", {"b", "a", "d", "c"}, 5);
+    const auto slerp = [&](const std::string& base, const std::string& task, const std::string& more) {
+        return "merge_method: slerp\nbase_model: " + base + "\nmodels: [{model: " + task + "}]\nparameters: {t: 0.3}\n"
+            + more;
+    };
+    for (const std::string source : {"tokenizer_source: base\n", "tokenizer_source: union\n",
+             "tokenizer: {source: base, pad_to_multiple_of: 1}\n"}) {
+        CAPTURE(source);
+        for (const std::string task : {"second", "more"}) {
+            const auto expected = m.result(slerp("first-alone", task + "-alone", source));
+            CHECK(same(m.result(slerp("first", task, source)), expected));
+        }
+    }
+    CHECK(same(m.result(slerp("first", "second", "tokenizer_source: base\n")),
+        m.result(slerp("first-alone", "second-alone", ""))));
+    CHECK(m.result(slerp("first", "second", "")).at("model.embed_tokens.weight").shape[0] == 7); // by their numbers
+    m.check_rows("merge_method: passthrough\nmodels: [{model: first}]\ntokenizer_source: base", {97, 0, 98, 0, 99, 0});
+}
+
+TEST_CASE("a model without a tokenizer has the tokens of the base, and one that is not read is named")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0);
+    m.give("second", {"a", "b", "c"}, 1, 1);
+    m.give("short", {"a", "b"}, 1);
+    const auto merge = [](const std::string& base, const std::string& task, const std::string& source) {
+        return "merge_method: task_arithmetic\nbase_model: " + base + "\nmodels:\n  - {model: " + task
+            + ", parameters: {weight: 0.5}}\ntokenizer_source: " + source;
+    };
+    for (const auto* name : {"second/tokenizer.json", "second/tokenizer_config.json", "short/tokenizer.json"}) {
+        std::filesystem::remove(m.folder / name);
+    }
+    for (const std::string source : {"base", "union"}) {
+        m.check_rows(merge("first", "second", source), {97.5F, 0.5F, 98.5F, 0.5F, 99.5F, 0.5F});
+    }
+    has(m.refusal(merge("first", "short", "base")),
+        "'short' has no tokenizer.json, and its 'model.embed_tokens.weight' has 2 rows for the 3 tokens of 'first'");
+    has(m.refusal(merge("second", "first", "base")),
+        "config.yml:5:1: 'tokenizer_source: base': 'second' has no tokenizer.json");
+    has(m.refusal(merge("first", "first", "second")), "'second' has no tokenizer.json");
+    spill(m.folder / "second/tokenizer.model", "pieces");
+    const auto said = m.refusal(merge("first", "second", "base"));
+    has(said, "'second' has no tokenizer.json, by which tokens are told apart, and its 'tokenizer.model' is not read");
+    has(said, "leave 'tokenizer_source' out");
+}
+
+TEST_CASE("adapters on models in 16 bits leave the result in them")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give_adapter();
+    for (const std::string name : {"base", "a"}) {
+        auto half = name == "base" ? m.base : m.a;
+        for (auto& [tensor, its] : half) { its.dtype = taskvec::dtype::bf16; }
+        std::filesystem::create_directories(m.folder / (name + "16"));
+        write_values(m.folder / (name + "16") / "model.safetensors", half);
+    }
+    REQUIRE(run(m.folder, {"fuse", "--base", "base16", "--adapter", "lora", "--out", "fused16"}).code == 0);
+    const auto fused = read_values(m.folder / "fused16/model.safetensors");
+    CHECK(same(m.result("merge_method: passthrough\nmodels: [{model: base16+lora}]\n"), fused));
+    for (const std::string text :
+        {"merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: base16+lora}, {model: a16}]\n",
+            "merge_method: task_arithmetic\nparameters: {weight: 1}\nbase_model: base16+lora\nmodels: [{model: a16}]\n",
+            "merge_method: task_arithmetic\nparameters: {weight: 1}\nbase_model: a16\nmodels: [{model: "
+            "base16+lora}]\n"}) {
+        for (const auto& [name, tensor] : m.result(text)) {
+            CAPTURE(name);
+            CHECK(tensor.dtype == taskvec::dtype::bf16);
+        }
+    }
+}
+
+TEST_CASE("one slice of all layers takes models with adapters, others refuse them")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give_adapter();
+    const auto sources = [](const std::string& first, const std::string& second, const std::string& range) {
+        return "merge_method: slerp\nbase_model: " + first + "\nslices:\n  - sources: [{model: " + first
+            + ", layer_range: " + range + "}, {model: " + second + ", layer_range: " + range
+            + "}]\nparameters: {t: 0.5}\n";
+    };
+    const auto whole = [](const std::string& first, const std::string& second) {
+        return "merge_method: slerp\nbase_model: " + first + "\nmodels: [{model: " + second
+            + "}]\nparameters: {t: 0.5}\n";
+    };
+    CHECK(same(m.result(sources("a", "base+lora", "[0, 3]")), m.result(whole("a", "base+lora"))));
+    CHECK(same(m.result(sources("base+lora", "a", "[0, 3]")), m.result(whole("base+lora", "a"))));
+    has(m.refusal(sources("a", "base+lora", "[0, 2]")), "'base+lora': layers of a model with an adapter");
+    has(m.refusal("merge_method: slerp\nbase_model: base+lora\nslices:\n  - sources: [{model: base, layer_range: "
+                  "[0, 2]}, {model: a, layer_range: [0, 2]}]\nparameters: {t: 0.5}\n"),
+        "'base+lora': layers of a model with an adapter"); // not the base without its adapter
+}
+
+TEST_CASE("an adapter that adds tokens is refused with what stores its model")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give("first", {"a", "b", "c"}, 0);
+    std::filesystem::create_directories(m.folder / "grown");
+    auto first = read_values(m.folder / "first/model.safetensors");
+    first["model.layers.0.mlp.weight"] = {taskvec::dtype::f32, {1, 1}, {2}};
+    write_values(m.folder / "first/model.safetensors", first);
+    const std::string module = "base_model.model.model.layers.0.mlp";
+    write_values(m.folder / "grown/adapter_model.safetensors",
+        {{module + ".lora_A.weight", {taskvec::dtype::f32, {1, 1}, {1}}},
+            {module + ".lora_B.weight", {taskvec::dtype::f32, {1, 1}, {1}}},
+            {"base_model.model.model.embed_tokens.weight", {taskvec::dtype::f32, {4, 2}, {1, 2, 3, 4, 5, 6, 7, 8}}}});
+    spill(m.folder / "grown/adapter_config.json",
+        R"({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "modules_to_save": ["embed_tokens"]})");
+    m.give("tokens", {"a", "b", "c", "d"}, 0);
+    std::filesystem::copy(m.folder / "tokens/tokenizer.json", m.folder / "grown/tokenizer.json");
+    const auto said = m.refusal("merge_method: passthrough\nmodels: [{model: first+grown}]\n");
+    has(said, "'model.embed_tokens.weight' has 4 rows in 'grown' and 3 in 'first'");
+    has(said, "taskvec fuse --base first --adapter grown --copy-from grown");
+    REQUIRE(
+        run(m.folder, {"fuse", "--base", "first", "--adapter", "grown", "--copy-from", "grown", "--out", "stored"}).code
+        == 0);
+    CHECK(slurp(m.folder / "stored/tokenizer.json") == slurp(m.folder / "grown/tokenizer.json"));
+    m.check_rows(
+        "merge_method: passthrough\nmodels: [{model: stored}]\ntokenizer_source: base", {1, 2, 3, 4, 5, 6, 7, 8});
+}
+
+TEST_CASE("names of models may hold a plus, and what is read so is written so")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    m.give_adapter();
+    std::filesystem::rename(m.folder / "base", m.folder / "b+c");
+    auto expected = m.base;
+    for (auto& value : expected.at("layers.1.mlp.weight").values) { value += 0.125F; }
+    for (const std::string name : {"b+c+lora", "{model: {path: b+c}, lora: {path: lora}}"}) {
+        CHECK(same(m.result("merge_method: passthrough\nmodels: [{model: " + name + "}]\n"), expected));
+    }
+    const auto merged = m.merged({"--method", "task-arithmetic", "--base", "b+c", "--task", "a=0.5", "--task-adapter",
+        "lora", "--as-config", "written.yml"});
+    CHECK(same(m.result(slurp(m.folder / "written.yml")), merged));
+    has(m.refusal("merge_method: passthrough\nmodels: [{model: nowhere+lora}]\n"), "there is no model 'nowhere'");
+}
+
+TEST_CASE("the card of a merge in stages names the models that the stages were made of")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    (void)m.result(
+        "name: one\nmerge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n---\n"
+        "name: two\nmerge_method: passthrough\nmodels: [{model: one}]\n---\n"
+        "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: two, parameters: {weight: 0.3}}]\n");
+    const auto card = slurp(m.folder / "out/README.md");
+    CHECK(card.substr(0, card.find("tags:")) == "---\nbase_model:\n- base\n- a\n- b\n");
+    has(card, "| a | task of 'one' | 1 | `xxh64:");
+    for (const std::string model : {"base", "a", "b"}) {
+        CHECK(run(m.folder, {"inspect", model, "--verify", "out/README.md"}).code == 0);
+    }
+}
+
+TEST_CASE("a tolerance of 0 is never reached, as in mergekit")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string head = "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: ";
+    const auto made = m.result(head + "{tol: 0, max_iter: 40}\n");
+    CHECK(same(made,
+        m.merged({"--method", "karcher", "--task", "a", "--task", "b", "--steps", "40", "--tolerance", "1e-300"})));
+    has(m.refusal(head + "{tol: -1}\n"), "config.yml:3:");
 }
