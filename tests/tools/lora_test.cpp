@@ -1741,6 +1741,62 @@ TEST_CASE("modules that a configuration says were saved whole, and the file lack
     CHECK(result.err.find("holds nothing of it") == std::string::npos);
 }
 
+namespace {
+
+/// A tensor of floats that an adapter carries beside its factors.
+taskvec::peft_tensor carried(taskvec::extents shape, const std::vector<float>& values)
+{
+    taskvec::peft_tensor made{taskvec::dtype::f32, std::move(shape), {}};
+    made.bytes.resize(sizeof(float) * values.size());
+    std::memcpy(made.bytes.data(), values.data(), made.bytes.size());
+    return made;
+}
+
+} // namespace
+
+TEST_CASE("heads of classifiers are known by the ends of their names, and dropped with the task type that wants them")
+{
+    const scratch folder;
+    for (const std::string type : {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}) {
+        CAPTURE(type);
+        const std::string head = type == "QUESTION_ANS" ? "qa_outputs" : "classifier";
+        auto made = three_layers();
+        made.config = {{"task_type", type}, {"modules_to_save", {head}}, {"bias", "all"}};
+        made.others["layers.0.q.base_layer.bias"] = carried({9}, std::vector<float>(9, 3));
+        for (const auto& name : {head, "pre_" + head}) { // as DistilBERT's, which PEFT saves with it
+            made.others[name + ".weight"] = carried({1, 2}, {1, 2});
+            made.others[name + ".bias"] = carried({1}, {3});
+        }
+        std::filesystem::remove_all(folder / "a");
+        taskvec::write_peft(folder / "a", made);
+        for (const auto& verb : {std::vector<std::string>{"merge-lora"}, {"peru-lora", "--rank", "2"}}) {
+            CAPTURE(verb[0]);
+            const auto line = with(verb, {"--adapter", "a", "--out", "out", "--modules-to-save"});
+            REQUIRE(run(folder, with(line, {"equal"})).code == 0);
+            CHECK(shapes_in(folder / "out").at("pre_" + head + ".bias") == taskvec::extents{1});
+            CHECK(config_of(folder / "out")["task_type"] == type);
+            const auto dropped = run(folder, with(line, {"drop"}));
+            REQUIRE_MESSAGE(dropped.code == 0, dropped.err);
+            CHECK(dropped.err.find("of 'a' goes its task type, " + type) != std::string::npos);
+            CHECK(config_of(folder / "out")["task_type"].is_null());
+            CHECK(config_of(folder / "out")["modules_to_save"].is_null());
+            const auto left = shapes_in(folder / "out");
+            CHECK(left.size() == 7); // three pairs, and the bias that the configuration announces
+            CHECK(left.contains("layers.0.q.base_layer.bias"));
+            REQUIRE(run(folder, with(line, {"drop", "--task-type", "FEATURE_EXTRACTION"})).code == 0);
+            CHECK(config_of(folder / "out")["task_type"] == "FEATURE_EXTRACTION");
+            refused(folder, with(line, {"drop", "--task-type", type}), 2, "--modules-to-save drop leaves out");
+        }
+    }
+    auto made = three_layers();
+    made.updates["classifier"] = normal_update<float>(2, 3, 1, 7);
+    taskvec::write_peft(folder / "b", made);
+    for (const auto& line :
+        {std::vector<std::string>{"merge-lora", "--adapter", "b"}, {"convert", "b", "--as", "peft"}}) {
+        refused(folder, with(line, {"--task-type", "SEQ_CLS", "--out", "no"}), 2, "has factors of 'classifier'");
+    }
+}
+
 TEST_CASE("extract-lora leaves routers out where transformers 5 keeps them as parameters, and names them otherwise")
 {
     for (const std::string router : {"model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"}) {

@@ -48,6 +48,13 @@ struct peft_tensor {
 /// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
 inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
 
+/// Whether a tensor is of a module that modules_to_save calls `module`: PEFT takes every module whose name ends so
+/// ("classifier" is pre_classifier too), with all that is within it.
+[[nodiscard]] inline bool is_within_module(std::string_view tensor, std::string_view module)
+{
+    return !module.empty() && tensor.find(std::string(module) + ".") != tensor.npos;
+}
+
 /// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
 /// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
 /// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
@@ -510,12 +517,9 @@ template <class T>
 [[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
 {
     const auto list = config.find("modules_to_save");
-    if (list == config.end() || !list->is_array()) { return false; }
-    const std::string path = "." + std::string(name);
-    for (const auto& module : *list) {
-        if (module.is_string() && path.find("." + module.get<std::string>() + ".") != path.npos) { return true; }
-    }
-    return false;
+    return list != config.end() && list->is_array() && std::any_of(list->begin(), list->end(), [&](const auto& module) {
+        return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
+    });
 }
 
 } // namespace detail
