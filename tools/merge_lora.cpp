@@ -94,6 +94,7 @@ public:
             bytes_ += tool::adapter_bytes(given.init);
         }
         line_up(given);
+        check_whole_or_factored();
         line_up_vocabularies(given);
         if (given.modules_to_save == "average" || given.modules_to_save == "first") {
             join_whole_modules(given.modules_to_save == "average", given);
@@ -258,6 +259,26 @@ private:
                 }
             }
             add_modules(adapter, seen);
+        }
+    }
+    /// No adapter has a module both whole and as factors.
+    void check_whole_or_factored() const
+    {
+        for (const auto& whole : adapters_) {
+            for (const auto& [name, tensor] : whole.others) {
+                if (!name.ends_with(".weight") || name.ends_with(taskvec::peft_base_weight)) { continue; }
+                const auto module = name.substr(0, name.rfind('.'));
+                if (whole.updates.contains(module)) { continue; }
+                for (const auto& other : adapters_) {
+                    if (!other.updates.contains(module)) { continue; }
+                    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
+                        taskvec::message("module '", module, "' comes whole with '", whole.label, "', and '",
+                            other.label,
+                            "' has factors of it, which no one adapter holds: leave what is whole out "
+                            "(--modules-to-save drop), or fold each into the base (taskvec fuse) and merge the "
+                            "models"));
+                }
+            }
         }
     }
     /// An adapter whose factors, or whole tensors, have rows of tokens.

@@ -1754,6 +1754,29 @@ taskvec::peft_tensor carried(taskvec::extents shape, const std::vector<float>& v
 
 } // namespace
 
+TEST_CASE("merge-lora refuses a module that comes whole with one adapter, and as factors with another")
+{
+    const scratch folder;
+    auto whole = three_layers(1), factored = three_layers(20);
+    whole.config["modules_to_save"] = {"score", "table"};
+    whole.others["score.weight"] = carried({2, 3}, {1, 2, 3, 4, 5, 6});
+    factored.updates["score"] = normal_update<float>(2, 3, 1, 7);
+    taskvec::write_peft(folder / "a", whole);
+    taskvec::write_peft(folder / "b", factored);
+    for (const auto& order : {std::pair{"a", "b"}, std::pair{"b", "a"}}) {
+        for (const std::string how : {"equal", "average", "first"}) {
+            CAPTURE(how);
+            refused(folder,
+                {"merge-lora", "--adapter", order.first, "--adapter", order.second, "--modules-to-save", how, "--out",
+                    "out"},
+                1, "module 'score' comes whole with 'a', and 'b' has factors of it");
+        }
+    }
+    REQUIRE(run(folder, with(merge_two, {"--modules-to-save", "drop"})).code == 0);
+    check_close({{"score", dense_updates(folder / "out").at("score")}},
+        {{"score", reference::dense(factored.updates["score"])}});
+}
+
 TEST_CASE("heads of classifiers are known by the ends of their names, and dropped with the task type that wants them")
 {
     const scratch folder;
