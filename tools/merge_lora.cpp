@@ -93,6 +93,7 @@ public:
             initial_ = tool::read_adapter<T>(given.init, given);
             bytes_ += tool::adapter_bytes(given.init);
         }
+        call_biases({});
         line_up(given);
         check_whole_or_factored();
         line_up_vocabularies(given);
@@ -107,6 +108,7 @@ public:
             updates_.push_back(adapter.updates);
         }
         check_shapes();
+        call_biases(adapted_modules());
     }
     [[nodiscard]] std::span<const taskvec::lora_adapter<T>> updates() const { return updates_; }
     [[nodiscard]] const taskvec::lora_adapter<T>& initial() const { return initial_.updates; }
@@ -133,6 +135,10 @@ public:
             for (const char* field : {base_name, "task_type"}) {
                 const auto said = text_of(adapter.config, field);
                 if (!said.empty() && text_of(result.config, field).empty()) { result.config[field] = said; }
+            }
+            const auto trained = text_of(adapter.config, "bias");
+            if (trained == "all" || (trained == "lora_only" && text_of(result.config, "bias") != "all")) {
+                result.config["bias"] = trained;
             }
             result.embeddings.insert(adapter.embeddings.begin(), adapter.embeddings.end());
             for (const auto& [name, type] : adapter.stored) {
@@ -260,6 +266,39 @@ private:
             }
             add_modules(adapter, seen);
         }
+    }
+    /// The modules that some adapter has factors of.
+    [[nodiscard]] std::set<std::string> adapted_modules() const
+    {
+        std::set<std::string> modules;
+        for (const auto& adapter : adapters_) {
+            for (const auto& one : adapter.updates) { modules.insert(one.first); }
+        }
+        return modules;
+    }
+    /// Biases as PEFT calls them where it adapts these modules: their layers, with the biases, lie within others.
+    void call_biases(const std::set<std::string>& adapted)
+    {
+        constexpr std::string_view plain = ".bias";
+        const auto call = [&](adapter_type& adapter) {
+            std::map<std::string, taskvec::peft_tensor> called;
+            for (auto& [name, tensor] : adapter.others) {
+                auto other = name;
+                if (name.ends_with(plain)) {
+                    const auto tail = name.ends_with(taskvec::peft_base_bias) ? taskvec::peft_base_bias : plain;
+                    other.resize(name.size() - tail.size());
+                    other += adapted.contains(other) ? taskvec::peft_base_bias : plain;
+                }
+                if (!called.emplace(other, std::move(tensor)).second) {
+                    taskvec::raise<taskvec::format_error>(taskvec::error_code::adapter_tensors,
+                        taskvec::message("'", name, "' and '", other, "' are one bias: take one of them out"),
+                        adapter.label);
+                }
+            }
+            adapter.others = std::move(called);
+        };
+        for (auto& adapter : adapters_) { call(adapter); }
+        call(initial_);
     }
     /// No adapter has a module both whole and as factors.
     void check_whole_or_factored() const

@@ -1777,6 +1777,52 @@ TEST_CASE("merge-lora refuses a module that comes whole with one adapter, and as
         {{"score", reference::dense(factored.updates["score"])}});
 }
 
+TEST_CASE("merge-lora calls a bias as PEFT does where the result adapts its module, and averages one under two names")
+{
+    const scratch folder;
+    const std::string prefix = "base_model.model.", plain = "layers.1.q.bias", within = "layers.1.q.base_layer.bias";
+    auto all = three_layers(1), only = three_layers(20), none = three_layers(40);
+    all.updates.erase("layers.1.q"); // whose bias was trained all the same
+    all.config["bias"] = "all";
+    all.others[plain] = carried({8}, {1, 2, 3, 4, 5, 6, 7, 8});
+    only.config["bias"] = "lora_only";
+    only.others[within] = carried({8}, {3, 2, 1, 0, -1, -2, -3, -4});
+    taskvec::write_peft(folder / "all", all);
+    taskvec::write_peft(folder / "only", only);
+    taskvec::write_peft(folder / "none", none);
+    write_values(folder / "base.safetensors",
+        {{"layers.0.q.weight", tensor(9, 7, 1)}, {"layers.0.v.weight", tensor(6, 7, 2)},
+            {"layers.1.q.weight", tensor(8, 8, 3)}, {plain, {taskvec::dtype::f32, {8}, std::vector<float>(8)}}});
+    const std::vector<float> mean{2, 2, 2, 2, 2, 2, 2, 2};
+    for (const auto& [first, second] : std::vector<std::pair<std::string, std::string>>{
+             {"all", "none"}, {"none", "all"}, {"all", "only"}, {"only", "all"}}) {
+        CAPTURE(first + " " + second);
+        std::filesystem::remove_all(folder / "out");
+        REQUIRE(
+            run(folder,
+                {"merge-lora", "--adapter", first, "--adapter", second, "--modules-to-save", "average", "--out", "out"})
+                .code
+            == 0);
+        const bool two = first == "only" || second == "only";
+        const auto found = read_values(folder / "out" / weights_file);
+        CHECK_FALSE(found.contains(prefix + plain));
+        REQUIRE(found.contains(prefix + within));
+        const auto expected = two ? mean : std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8};
+        CHECK(found.at(prefix + within).values == expected);
+        CHECK(config_of(folder / "out")["bias"] == "all");
+        REQUIRE(
+            run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "out", "--out", "fused.safetensors"}).code
+            == 0);
+        CHECK(read_values(folder / "fused.safetensors").at(plain).values == expected);
+    }
+    // Where nothing adapts the module the bias is its own.
+    REQUIRE(run(folder, {"merge-lora", "--adapter", "all", "--out", "out"}).code == 0);
+    CHECK(read_values(folder / "out" / weights_file).contains(prefix + plain));
+    all.others[within] = only.others[within];
+    taskvec::write_peft(folder / "twice", all);
+    refused(folder, {"merge-lora", "--adapter", "twice", "--out", "no"}, 1, "are one bias");
+}
+
 TEST_CASE("heads of classifiers are known by the ends of their names, and dropped with the task type that wants them")
 {
     const scratch folder;

@@ -47,6 +47,8 @@ struct peft_tensor {
 
 /// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
 inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
+/// What follows it in the name of the bias of an adapted module, which was trained.
+inline constexpr std::string_view peft_base_bias = ".base_layer.bias";
 
 /// Whether a tensor is of a module that modules_to_save calls `module`: PEFT takes every module whose name ends so
 /// ("classifier" is pre_classifier too), with all that is within it.
