@@ -1752,7 +1752,132 @@ taskvec::peft_tensor carried(taskvec::extents shape, const std::vector<float>& v
     return made;
 }
 
+/// What an adapter does to the embedding and to the head of a base that ties them, each tokens×width, as PEFT loads it.
+std::pair<plain_matrix, plain_matrix> of_tokens(const std::filesystem::path& directory)
+{
+    const auto config = config_of(directory);
+    const auto targets = config["target_modules"].get<std::set<std::string>>();
+    const bool tied = config.value("ensure_weight_tying", false);
+    const auto tensors = read_values(directory / weights_file);
+    auto made = std::pair{reference::zeros(9, 4), reference::zeros(9, 4)};
+    const auto add = [&](plain_matrix& x, const std::string& module, const std::string& a, const std::string& b) {
+        const auto stem = "base_model.model." + module;
+        if (!tensors.contains(stem + a)) { return false; }
+        const bool turned = a == ".lora_embedding_A"; // r×tokens and width×r
+        const auto &left = tensors.at(stem + (turned ? a : b)).values,
+                   &right = tensors.at(stem + (turned ? b : a)).values;
+        const auto rank = left.size() / 9;
+        const double scaling = config["alpha_pattern"].value(module, config["lora_alpha"].get<double>())
+            / config["rank_pattern"].value(module, config["r"].get<double>());
+        for (std::size_t i = 0; i < 9; ++i) {
+            for (std::size_t j = 0; j < 4; ++j) {
+                for (std::size_t k = 0; k < rank; ++k) {
+                    x[i][j] += scaling * double{left[turned ? k * 9 + i : i * rank + k]}
+                        * double{right[turned ? j * rank + k : k * 4 + j]};
+                }
+            }
+        }
+        return true;
+    };
+    if (targets.contains("model.embed_tokens") || targets.contains("embed_tokens")) {
+        add(made.first, "model.embed_tokens", ".lora_embedding_A", ".lora_embedding_B");
+    }
+    const bool head =
+        (tied || targets.contains("lm_head")) && add(made.second, "lm_head", ".lora_A.weight", ".lora_B.weight");
+    if (tied && !head) { made.second = made.first; }
+    return made;
+}
+
 } // namespace
+
+TEST_CASE("merge-lora of adapters that tie the head to the embedding, and of others, gives both what they do to each")
+{
+    const scratch folder;
+    const auto write = [&](const std::string& name, std::uint64_t seed, bool embedding, bool head, bool tied,
+                           nlohmann::json targets) {
+        adapter made;
+        made.updates["model.layers.0.q"] = normal_update<float>(4, 4, 3, seed, 0.5);
+        if (embedding) {
+            made.updates["model.embed_tokens"] = normal_update<float>(4, 9, 2, seed + 1, 0.5);
+            made.embeddings.insert("model.embed_tokens");
+        }
+        if (head) { made.updates["lm_head"] = normal_update<float>(9, 4, 2, seed + 2, 0.5); }
+        if (head && tied) {
+            const auto& update = made.updates.at("model.embed_tokens");
+            auto& turned = made.updates.at("lm_head");
+            for (std::size_t k = 0; k < 2; ++k) {
+                for (std::size_t i = 0; i < 9; ++i) { turned.b(i, k) = update.a(k, i); }
+                for (std::size_t j = 0; j < 4; ++j) { turned.a(k, j) = update.b(j, k); }
+            }
+        }
+        made.config = {{"target_modules", std::move(targets)}, {"ensure_weight_tying", tied}};
+        taskvec::write_peft(folder / name, made);
+    };
+    write("plain", 10, false, false, false, {"q"});
+    write("tied", 20, true, true, true, {"model.embed_tokens", "q", "embed_tokens"}); // as PEFT saves it
+    write("extracted", 30, true, false, true, {"model.embed_tokens", "model.layers.0.q", "lm_head"});
+    write("embedding", 40, true, false, false, {"q", "embed_tokens"});
+    write("both", 50, true, true, false, {"q", "embed_tokens", "lm_head"});
+    const std::vector<std::string> all{"plain", "tied", "extracted", "embedding", "both"};
+    for (const auto& first : all) {
+        for (const auto& second : all) {
+            if (first == second) { continue; }
+            CAPTURE(first + " " + second);
+            std::filesystem::remove_all(folder / "out");
+            const auto merged =
+                run(folder, {"merge-lora", "--adapter", first + "=2", "--adapter", second, "--out", "out"});
+            REQUIRE_MESSAGE(merged.code == 0, merged.err);
+            CHECK(merged.err.find("are left out") == std::string::npos);
+            const auto untied = [](const std::string& name) { return name == "embedding" || name == "both"; };
+            const auto ties = [](const std::string& name) { return name == "tied" || name == "extracted"; };
+            const bool mixed = (untied(first) && ties(second)) || (ties(first) && untied(second));
+            CHECK((merged.err.find("the result ties nothing") != std::string::npos) == mixed);
+            auto sum = of_tokens(folder / second);
+            const auto more = of_tokens(folder / first), found = of_tokens(folder / "out");
+            reference::add(sum.first, more.first, 2);
+            reference::add(sum.second, more.second, 2);
+            CHECK(reference::distance(found.first, sum.first) <= 1e-5 * (1 + reference::norm(sum.first)));
+            CHECK(reference::distance(found.second, sum.second) <= 1e-5 * (1 + reference::norm(sum.second)));
+        }
+    }
+    // Of what a tied adapter does to the head nothing else tells: the flag alone may be of a base that ties nothing.
+    write("flag", 60, true, false, true, {"q", "embed_tokens"});
+    std::filesystem::remove_all(folder / "out");
+    for (const auto& other : {"both", "embedding"}) {
+        refused(folder, {"merge-lora", "--adapter", other, "--adapter", "flag", "--out", "out"}, 1,
+            "holds no factors of both");
+    }
+    REQUIRE(run(folder, {"merge-lora", "--adapter", "plain", "--adapter", "flag", "--out", "out"}).code == 0);
+    CHECK(config_of(folder / "out")["ensure_weight_tying"] == true);
+    CHECK_FALSE(read_values(folder / "out" / weights_file).contains("base_model.model.lm_head.lora_A.weight"));
+    // PEFT ties what it finds by the names of embed_tokens and lm_head alone.
+    {
+        adapter made;
+        made.updates["transformer.wte"] = normal_update<float>(4, 9, 2, 70, 0.5);
+        made.embeddings.insert("transformer.wte");
+        made.config = {{"target_modules", {"wte"}}, {"ensure_weight_tying", true}};
+        taskvec::write_peft(folder / "wte", made);
+        made.updates["lm_head"] = normal_update<float>(9, 4, 2, 71, 0.5);
+        made.config = {{"target_modules", {"wte", "lm_head"}}};
+        taskvec::write_peft(folder / "head", made);
+        REQUIRE(run(folder, {"merge-lora", "--adapter", "wte", "--adapter", "head", "--out", "out"}).code == 0);
+        CHECK(config_of(folder / "out")["ensure_weight_tying"] == false);
+        const auto found = dense_updates(folder / "out").at("lm_head"),
+                   expected = dense_updates(folder / "head").at("lm_head");
+        CHECK(reference::distance(found, expected) <= 1e-5 * (1 + reference::norm(expected)));
+    }
+    // fuse adds what is one matrix once, and says nothing of factors that are lost.
+    write_values(folder / "base.safetensors",
+        {{"model.embed_tokens.weight", tensor(9, 4, 1)}, {"model.layers.0.q.weight", tensor(4, 4, 2)}});
+    const auto fused =
+        run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "tied", "--out", "fused.safetensors"});
+    REQUIRE_MESSAGE(fused.code == 0, fused.err);
+    CHECK(fused.err.find("are left out") == std::string::npos);
+    const auto change = difference(read_values(folder / "fused.safetensors").at("model.embed_tokens.weight"),
+        read_values(folder / "base.safetensors").at("model.embed_tokens.weight"));
+    const auto expected = of_tokens(folder / "tied").first;
+    CHECK(reference::distance(change, expected) <= 1e-5 * (1 + reference::norm(expected)));
+}
 
 TEST_CASE("merge-lora refuses a module that comes whole with one adapter, and as factors with another")
 {
