@@ -11,23 +11,26 @@
 
 namespace tool {
 
-void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept)
+void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept,
+    const std::string& base_name, const std::string& task_type)
 {
     add_dtype_option(verb, settings.dtype, "dtype of the factors (default: keep, " + kept + ")");
     add_overflow_option(verb, settings.overflow);
-    add_peft_words(verb, settings.words);
+    add_peft_words(verb, settings.words, base_name, task_type);
     add_run_options(verb, settings.run);
 }
 
-void add_peft_words(command& verb, peft_words& words)
+void add_peft_words(command& verb, peft_words& words, const std::string& base_name, const std::string& task_type)
 {
     verb.text("--base-name", words.base_name, "NAME",
         "What adapter_config.json says of the base, from where AutoPeftModel loads it: a path, or a name on the Hub "
-        "(default: as the adapter says)");
+        "(default: "
+            + base_name + ")");
     verb.word("--task-type", words.task_type,
         {"CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}, "TYPE",
         "The model's class for AutoPeftModel: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, QUESTION_ANS or "
-        "FEATURE_EXTRACTION (default: as the adapter says)");
+        "FEATURE_EXTRACTION (default: "
+            + task_type + ")");
 }
 
 const std::vector<std::string>& heads_of_task(const std::string& task_type)

@@ -32,8 +32,10 @@ namespace tool {
 struct peft_words {
     std::string base_name, task_type; ///< empty: as the adapter says
 };
-/// Adds --base-name and --task-type.
-void add_peft_words(command& verb, peft_words& words);
+inline constexpr const char* as_adapter_says = "as the adapter says";
+/// Adds --base-name and --task-type. `base_name`, `task_type`: what they are by default.
+void add_peft_words(command& verb, peft_words& words, const std::string& base_name = as_adapter_says,
+    const std::string& task_type = as_adapter_says);
 /// The modules that PEFT trains and saves whole in models of a task type, by the ends of their names: heads of
 /// classifiers.
 [[nodiscard]] const std::vector<std::string>& heads_of_task(const std::string& task_type);
@@ -51,13 +53,15 @@ struct adapter_settings {
     std::string overflow = "error";
     std::string modules_to_save = "error"; ///< what becomes of whole modules: error, equal, average, first or drop
     peft_words words;
+    bool makes_adapter = false; ///< of what was none: what AutoPeftModel needs, and nothing gives, is noted
     run_options run;
 
     /// Nothing for `keep`.
     [[nodiscard]] std::optional<taskvec::dtype> output() const { return output_dtype(dtype); }
 };
-/// Adds --dtype, whose `keep` means `kept`, and the options of every run.
-void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept = "the adapter's");
+/// Adds --dtype, whose `keep` means `kept`, add_peft_words() and the options of every run.
+void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept = "the adapter's",
+    const std::string& base_name = as_adapter_says, const std::string& task_type = as_adapter_says);
 /// Adds --modules-to-save.
 void add_modules_to_save(command& verb, adapter_settings& settings);
 
@@ -217,6 +221,7 @@ void write_adapter(const adapter_settings& settings, const runner& run, report_f
     note_high_rank(settings.run, highest);
     taskvec::peft_writer out(
         settings.out, adapter, {.output = settings.output(), .on_overflow = overflow_of(settings.overflow)});
+    if (settings.makes_adapter) { note_missing_words(settings.run, adapter.config); }
     const auto rest = write_rest ? write_rest(out.folder() / rest_file) : nullptr;
     std::uint64_t bytes_beside = 0;
     for (const auto& [name, text] : beside) {

@@ -12,6 +12,7 @@
 #include <taskvec/reuse/post_pruning.hpp>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -124,10 +125,56 @@ module_names names_of_modules(const extract_lora_settings& given, const taskvec:
     return names;
 }
 
+/// A tensor of a model, stored or worked out, as an adapter carries it.
+taskvec::peft_tensor whole_tensor(const taskvec::cpu& policy, const taskvec::const_tensor_ref& tensor)
+{
+    taskvec::peft_tensor made{tensor.source ? tensor.source->type() : tensor.dtype, tensor.shape, {}};
+    const auto count = taskvec::element_count(made.shape);
+    made.bytes.resize(taskvec::byte_count(made.dtype, count));
+    if (tensor.source) {
+        std::vector<double> aligned(made.bytes.size() / sizeof(double) + 1);
+        tensor.source->prepare(policy);
+        tensor.source->read(0, count, aligned.data());
+        tensor.source->release();
+        std::memcpy(made.bytes.data(), aligned.data(), made.bytes.size());
+    }
+    else if (!made.bytes.empty()) {
+        std::memcpy(made.bytes.data(), tensor.data, made.bytes.size());
+    }
+    return made;
+}
+
+/// What adapter_config.json is to say of the model: as the options do, then as an adapter that is the task does.
+tool::peft_words words_of(const extract_lora_settings& given)
+{
+    auto words = given.words;
+    std::error_code ignored;
+    if (words.base_name.empty() && tool::fs::is_directory(given.base, ignored)) { words.base_name = given.base; }
+    if (given.adapter.empty()) { return words; }
+    const auto file = tool::parse_task(given.adapter, "--task-adapter").path / taskvec::peft_config_name;
+    if (!tool::fs::is_regular_file(file, ignored)) { return words; }
+    const auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
+    const auto take = [&](std::string& word, const char* field) {
+        const auto place = config.find(field);
+        if (word.empty() && place != config.end() && place->is_string()) { word = place->template get<std::string>(); }
+    };
+    take(words.base_name, "base_model_name_or_path");
+    take(words.task_type, "task_type");
+    return words;
+}
+
 template <class T>
 void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base,
     const taskvec::const_model_ref& tuned, std::uint64_t task_bytes)
 {
+    const auto words = words_of(given);
+    // Heads that PEFT looks for whole, by the task type.
+    const auto& heads = tool::heads_of_task(words.task_type);
+    const auto is_of_head = [&](std::string_view name) {
+        return std::any_of(
+            heads.begin(), heads.end(), [&](const auto& head) { return taskvec::is_within_module(name, head); });
+    };
+    const auto chosen = tool::name_filter(given.include, given.exclude);
     std::optional<tool::resumed_work> work;
     std::optional<tool::kept_layers> layers;
     if (!given.resume.directory.empty() && !given.run.dry_run) {
@@ -153,7 +200,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     const bool bare_routers = version_of_library(given).value_or(4) >= 5;
     auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
         {.rank = given.rank.choice(),
-            .include = tool::name_filter(given.include, given.exclude),
+            .include = [&](std::string_view name) { return !is_of_head(name) && (!chosen || chosen(name)); },
             .layers =
                 [&](std::string_view name) {
                     const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
@@ -172,7 +219,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             taskvec::message("'", given.base, "' and ", label_of_task(given),
                 " do not differ in any matrix or convolution '*.weight'",
-                given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
+                given.include.empty() && given.exclude.empty() && heads.empty() ? "" : " that is looked at",
                 found.left_out.empty() ? std::string(": there is nothing to extract an adapter from")
                                        : taskvec::message(", but in ", tool::counted(found.left_out.size(), "tensor"),
                                              " that no LoRA can hold ('", found.left_out.front(), "'",
@@ -297,8 +344,23 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             "'" + tie.embedding + "' of '" + given.base + "' is one matrix with " + text
                 + ": the adapter has its update under each name; fold it by 'taskvec fuse', which adds it once");
     }
-    std::error_code ignored;
-    if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
+    if (!words.base_name.empty()) { adapter.config["base_model_name_or_path"] = words.base_name; }
+    if (!words.task_type.empty()) { adapter.config["task_type"] = words.task_type; }
+    for (const auto& [name, tensor] : tuned) {
+        if (!is_of_head(name)) { continue; }
+        const auto* const before = base.model().find(name);
+        const auto at = name.rfind('.');
+        adapter.others.emplace(names.of(name.substr(0, at)) + name.substr(at),
+            whole_tensor(run.policy(), before && chosen && !chosen(name) ? *before : tensor));
+    }
+    if (!adapter.others.empty()) {
+        adapter.config["modules_to_save"] = heads;
+        tool::note(given.run,
+            "'" + adapter.others.begin()->first + "'"
+                + (adapter.others.size() > 1 ? " and what else is of the head are" : " is")
+                + " whole in the adapter, under modules_to_save, where PEFT looks for the head of a model of task type "
+                + words.task_type);
+    }
 
     if (given.sparse_rest) {
         if (kept.empty()) {
@@ -429,6 +491,7 @@ void run_extract_lora(extract_lora_settings given)
 const tool::register_verb extract_lora_verb(70, "extract-lora",
     "Make a LoRA adapter of what fine-tuning changed in a model's matrices and convolutions", [](tool::command& verb) {
         const auto given = std::make_shared<extract_lora_settings>();
+        given->makes_adapter = true;
         verb.text("--base", given->base, "MODEL", "The pre-trained model", tool::presence::required);
         verb.text("--task", given->task, "MODEL", "The fine-tuned model");
         verb.text("--task-adapter", given->adapter, "PATH[=W]",
@@ -445,7 +508,8 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         tool::add_name_options(verb, given->names, given->match_prefixes);
         tool::add_index_option(verb, given->index);
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
-        tool::add_adapter_options(verb, *given, "the base's, per tensor");
+        tool::add_adapter_options(verb, *given, "the base's, per tensor",
+            "the directory of --base, or as --task-adapter says", "as --task-adapter says");
         verb.flag("--sparse-rest", given->sparse_rest,
             "Keep what changed and no LoRA can hold (biases, norms, …) as a delta beside the adapter, "
             "rest.delta.safetensors, which apply adds to the base");

@@ -1991,6 +1991,80 @@ TEST_CASE("heads of classifiers are known by the ends of their names, and droppe
     }
 }
 
+TEST_CASE("extract-lora keeps the heads of classifiers whole where the task type has PEFT look for them")
+{
+    for (const std::string type : {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}) {
+        CAPTURE(type);
+        const std::string head = type == "QUESTION_ANS" ? "qa_outputs" : type == "SEQ_CLS" ? "score" : "classifier";
+        const scratch folder;
+        write_directories(folder,
+            {{"layers.0.q.weight", tensor(4, 4, 1)}, {head + ".weight", tensor(3, 4, 2)},
+                {head + ".bias", {taskvec::dtype::f32, {3}, {1, 2, 3}}}},
+            R"({"torch_dtype": "float32"})");
+        const auto made = run(folder, with(extract_directory, {"--task-type", type, "--sparse-rest"}));
+        REQUIRE_MESSAGE(made.code == 0, made.err);
+        CHECK(made.err.find("'" + head + ".bias' and what else is of the head are whole") != std::string::npos);
+        CHECK(made.err.find("left out") == std::string::npos);
+        const auto found = read_values(folder / "out" / weights_file),
+                   tuned = read_values(folder / "tuned/model.safetensors");
+        CHECK(found.size() == 4);
+        for (const std::string end : {".weight", ".bias"}) {
+            CHECK(found.at("base_model.model." + head + end).values == tuned.at(head + end).values);
+        }
+        const auto config = config_of(folder / "out");
+        CHECK(config["task_type"] == type);
+        CHECK(config["target_modules"] == nlohmann::json{"layers.0.q"});
+        const auto saved = config["modules_to_save"].get<std::vector<std::string>>();
+        CHECK(std::find(saved.begin(), saved.end(), head) != saved.end());
+        CHECK_FALSE(std::filesystem::exists(folder / "out/rest.delta.safetensors"));
+        check_put_back(folder);
+        // What --exclude leaves out is the base's, and PEFT finds it all the same.
+        REQUIRE(run(folder, with(extract_directory, {"--task-type", type, "--exclude", head})).code == 0);
+        CHECK(read_values(folder / "out" / weights_file).at("base_model.model." + head + ".bias").values
+            == std::vector<float>{1, 2, 3});
+        // A head that the base lacks is the fine-tuned model's.
+        auto base = read_values(folder / "base/model.safetensors");
+        base.erase(head + ".weight");
+        base.erase(head + ".bias");
+        write_values(folder / "base/model.safetensors", base);
+        refused(folder, with({"extract-lora", "--base", "base", "--task", "tuned"}, {"--rank", "1", "--out", "no"}), 1,
+            "is not in 'base'");
+        REQUIRE(run(folder, with(extract_directory, {"--task-type", type})).code == 0);
+        CHECK(read_values(folder / "out" / weights_file).at("base_model.model." + head + ".weight").values
+            == tuned.at(head + ".weight").values);
+    }
+}
+
+TEST_CASE("extract-lora says of the model what an adapter that is the task says, and names what AutoPeftModel lacks")
+{
+    const scratch folder;
+    write_directories(folder, {{"layers.0.q.weight", tensor(4, 4, 1)}}, R"({"torch_dtype": "float32"})");
+    const auto missing = run(folder, extract_directory);
+    REQUIRE(missing.code == 0);
+    CHECK(missing.err.find("names no task type, by which AutoPeftModel loads it: --task-type gives it")
+        != std::string::npos);
+    CHECK(config_of(folder / "out")["base_model_name_or_path"] == "base");
+    adapter given;
+    given.updates["layers.0.q"] = normal_update<float>(4, 4, 2, 5);
+    given.config = {{"task_type", "CAUSAL_LM"}, {"base_model_name_or_path", "of/the-hub"}};
+    taskvec::write_peft(folder / "a", given);
+    for (const std::string base : {"base", "base/model.safetensors"}) {
+        CAPTURE(base);
+        const auto made =
+            run(folder, {"extract-lora", "--base", base, "--task-adapter", "a=0.5", "--rank", "2", "--out", "out"});
+        REQUIRE_MESSAGE(made.code == 0, made.err);
+        CHECK(made.err.find("AutoPeftModel") == std::string::npos);
+        CHECK(config_of(folder / "out")["task_type"] == "CAUSAL_LM");
+        CHECK(config_of(folder / "out")["base_model_name_or_path"] == (base == "base" ? "base" : "of/the-hub"));
+    }
+    REQUIRE(run(folder,
+                {"extract-lora", "--base", "base", "--task-adapter", "a", "--rank", "2", "--task-type",
+                    "FEATURE_EXTRACTION", "--out", "out"})
+                .code
+        == 0);
+    CHECK(config_of(folder / "out")["task_type"] == "FEATURE_EXTRACTION");
+}
+
 TEST_CASE("extract-lora leaves routers out where transformers 5 keeps them as parameters, and names them otherwise")
 {
     for (const std::string router : {"model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"}) {
