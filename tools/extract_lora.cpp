@@ -125,6 +125,81 @@ module_names names_of_modules(const extract_lora_settings& given, const taskvec:
     return names;
 }
 
+/// The expert that a module is of: "PREFIX.experts", its number and the rest of the name. Nothing for other modules.
+struct expert_name {
+    std::string all, number, rest;
+};
+std::optional<expert_name> expert_of(std::string_view module)
+{
+    constexpr std::string_view word = ".experts.";
+    const auto at = module.find(word);
+    if (at == module.npos) { return std::nullopt; }
+    const auto first = at + word.size(), end = module.find('.', first);
+    const auto number = module.substr(first, end == module.npos ? end : end - first);
+    if (end == module.npos || number.empty() || number.find_first_not_of("0123456789") != number.npos) {
+        return std::nullopt;
+    }
+    return expert_name{
+        std::string(module.substr(0, first - 1)), std::string(number), std::string(module.substr(end + 1))};
+}
+
+/// What keeps PEFT from joining the factors of experts; "" where it does.
+template <class T>
+std::string hindrance_of_experts(const taskvec::lora_adapter<T>& adapter, const taskvec::const_model_ref& base)
+{
+    std::map<std::string, std::set<std::string>> numbers; // in the base
+    for (const auto& [name, tensor] : base) {
+        if (const auto expert = expert_of(name)) { numbers[expert->all].insert(expert->number); }
+    }
+    std::map<std::string, std::map<std::string, std::set<std::string>>> adapted; // numbers, by layer and kind
+    std::set<std::string> kinds;
+    std::set<std::size_t> ranks;
+    std::size_t highest = 0;
+    for (const auto& [module, update] : adapter) {
+        highest = std::max(highest, update.rank());
+        const auto expert = expert_of(module);
+        if (!expert) { continue; }
+        adapted[expert->all][expert->rest].insert(expert->number);
+        kinds.insert(expert->rest);
+        ranks.insert(update.rank());
+    }
+    for (const auto& [layer, of_kinds] : adapted) {
+        for (const auto& [first, second] : {std::pair{"gate_proj", "up_proj"}, std::pair{"w1", "w3"}}) {
+            if (of_kinds.contains(first) == of_kinds.contains(second)) { continue; }
+            return std::string("only where '") + first + "' and '" + second + "' are adapted together";
+        }
+        for (const auto& [kind, of_numbers] : of_kinds) {
+            if (of_numbers != numbers[layer]) { return "only where all experts of '" + layer + "' are adapted"; }
+        }
+    }
+    if (ranks != std::set{highest}) {
+        return "only where all are of the adapter's highest rank (--rank, not --energy)";
+    }
+    for (const auto& [module, update] : adapter) {
+        if (expert_of(module) || !kinds.contains(module.substr(module.rfind('.') + 1))) { continue; }
+        return "loses the factors of '" + module + "', a layer of the same name outside the experts";
+    }
+    return "";
+}
+
+/// What a user should know of experts among the modules of an adapter; "" where there are none.
+template <class T>
+std::string words_of_experts(
+    const taskvec::lora_adapter<T>& adapter, const taskvec::const_model_ref& base, const nlohmann::json& config)
+{
+    const auto expert =
+        std::find_if(adapter.begin(), adapter.end(), [](const auto& one) { return expert_of(one.first).has_value(); });
+    if (expert == adapter.end()) { return ""; }
+    const auto what = "'" + expert->first + "' is one of the experts that transformers 5 keeps as one parameter";
+    const std::string fold = "fold the adapter by 'taskvec fuse'",
+                      leave_out = ", or leave experts out by --exclude '\\.experts\\.'";
+    if (!tool::peft_joins_experts(config)) { return what + ", where PEFT does not find it: " + fold + leave_out; }
+    const auto but = hindrance_of_experts(adapter, base);
+    return but.empty()
+        ? what + ": PEFT 0.21 joins their factors as it loads the adapter; for an older one " + fold
+        : what + ": PEFT 0.21 joins their factors as it loads an adapter, but " + but + ": " + fold + leave_out;
+}
+
 /// A tensor of a model, stored or worked out, as an adapter carries it.
 taskvec::peft_tensor whole_tensor(const taskvec::cpu& policy, const taskvec::const_tensor_ref& tensor)
 {
@@ -258,16 +333,8 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     }
 
     taskvec::peft_adapter<T> adapter;
-    const auto expert = std::find_if(found.adapter.begin(), found.adapter.end(), [](const auto& one) {
-        const auto at = one.first.find(".experts.");
-        return at != std::string::npos && at + 9 < one.first.size() && one.first[at + 9] >= '0'
-            && one.first[at + 9] <= '9';
-    });
-    if (expert != found.adapter.end()) {
-        tool::note(given.run,
-            "'" + expert->first
-                + "' is one of the experts that transformers 5 keeps as one parameter, where PEFT does not find it: "
-                  "fold the adapter by 'taskvec fuse', or leave experts out by --exclude '\\.experts\\.'");
+    if (const auto text = words_of_experts(found.adapter, base.model(), config); !text.empty()) {
+        tool::note(given.run, text);
     }
     const auto router = std::find_if(found.adapter.begin(), found.adapter.end(),
         [&](const auto& one) { return tool::is_router(config, base.model(), one.first); });

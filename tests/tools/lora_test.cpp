@@ -2065,6 +2065,50 @@ TEST_CASE("extract-lora says of the model what an adapter that is the task says,
     CHECK(config_of(folder / "out")["task_type"] == "FEATURE_EXTRACTION");
 }
 
+TEST_CASE("extract-lora says of experts what PEFT makes of their factors")
+{
+    const auto noted = [](const std::string& type, bool both, bool every, bool shared) {
+        const scratch folder;
+        values_model base{{"model.layers.0.self_attn.q_proj.weight", tensor(8, 8, 9)}};
+        unsigned seed = 1;
+        for (const std::string expert : {"0", "1"}) {
+            for (const std::string kind : {"gate_proj", "up_proj", "down_proj"}) {
+                base["model.layers.0.mlp.experts." + expert + "." + kind + ".weight"] = tensor(8, 8, seed++);
+            }
+        }
+        if (shared) { base["model.layers.0.mlp.shared_experts.up_proj.weight"] = tensor(8, 8, seed++); }
+        write_directories(folder, base, R"({"torch_dtype": "float32", "model_type": ")" + type + "\"}");
+        auto line = extract_directory;
+        if (!both) { line = with(line, {"--exclude", "gate_proj"}); }
+        if (!every) { line = with(line, {"--exclude", "experts\\.1\\."}); }
+        const auto made = run(folder, line);
+        REQUIRE_MESSAGE(made.code == 0, made.err);
+        return made.err;
+    };
+    const auto says = [](const std::string& text, const std::string& what) { return text.find(what) != text.npos; };
+    CHECK(says(noted("qwen3_moe", true, true, false), "PEFT 0.21 joins their factors as it loads the adapter"));
+    CHECK_FALSE(says(noted("qwen3_moe", true, true, false), "does not find"));
+    CHECK(says(noted("qwen3_moe", false, true, false), "only where 'gate_proj' and 'up_proj' are adapted together"));
+    CHECK(says(noted("qwen3_moe", true, false, false), "only where all experts of 'model.layers.0.mlp.experts'"));
+    CHECK(
+        says(noted("glm4_moe", true, true, true), "loses the factors of 'model.layers.0.mlp.shared_experts.up_proj'"));
+    CHECK(says(noted("phimoe", true, true, false), "where PEFT does not find it"));
+    // Layers of which some have a rank above that of the experts.
+    const scratch folder;
+    values_model base{{"model.layers.0.q.weight", tensor(8, 8, 9)}}, tuned;
+    for (const std::string kind : {"w1", "w2", "w3"}) {
+        base["model.layers.0.block_sparse_moe.experts.0." + kind + ".weight"] = tensor(8, 8, 4);
+    }
+    write_directories(folder, base, R"({"torch_dtype": "float32", "model_type": "mixtral"})");
+    tuned = read_values(folder / "tuned/model.safetensors");
+    tuned["model.layers.0.q.weight"] = tensor(8, 8, 33);
+    write_values(folder / "tuned/model.safetensors", tuned);
+    const auto made =
+        run(folder, {"extract-lora", "--base", "base", "--task", "tuned", "--energy", "0.999", "--out", "out"});
+    REQUIRE_MESSAGE(made.code == 0, made.err);
+    CHECK(says(made.err, "only where all are of the adapter's highest rank"));
+}
+
 TEST_CASE("extract-lora leaves routers out where transformers 5 keeps them as parameters, and names them otherwise")
 {
     for (const std::string router : {"model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"}) {
