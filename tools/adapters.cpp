@@ -11,23 +11,45 @@
 
 namespace tool {
 
-void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept)
+void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept,
+    const std::string& base_name, const std::string& task_type)
 {
     add_dtype_option(verb, settings.dtype, "dtype of the factors (default: keep, " + kept + ")");
     add_overflow_option(verb, settings.overflow);
-    add_peft_words(verb, settings.words);
+    add_peft_words(verb, settings.words, base_name, task_type);
     add_run_options(verb, settings.run);
 }
 
-void add_peft_words(command& verb, peft_words& words)
+void add_peft_words(command& verb, peft_words& words, const std::string& base_name, const std::string& task_type)
 {
     verb.text("--base-name", words.base_name, "NAME",
         "What adapter_config.json says of the base, from where AutoPeftModel loads it: a path, or a name on the Hub "
-        "(default: as the adapter says)");
+        "(default: "
+            + base_name + ")");
     verb.word("--task-type", words.task_type,
         {"CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}, "TYPE",
         "The model's class for AutoPeftModel: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, QUESTION_ANS or "
-        "FEATURE_EXTRACTION (default: as the adapter says)");
+        "FEATURE_EXTRACTION (default: "
+            + task_type + ")");
+}
+
+const std::vector<std::string>& heads_of_task(const std::string& task_type)
+{
+    static const std::vector<std::string> none, classifiers{"classifier", "score"}, answers{"qa_outputs"};
+    if (task_type == "SEQ_CLS" || task_type == "TOKEN_CLS") { return classifiers; }
+    return task_type == "QUESTION_ANS" ? answers : none;
+}
+
+void check_task_type(const peft_words& words, const std::vector<std::string>& modules)
+{
+    for (const auto& head : heads_of_task(words.task_type)) {
+        for (const auto& module : modules) {
+            if (!taskvec::is_within_module(module + ".", head)) { continue; }
+            throw usage_error("--task-type " + words.task_type + ": the adapter has factors of '" + printable(module)
+                + "', which PEFT looks for whole in models of that type: leave the task type out, and load the adapter "
+                  "by PeftModel.from_pretrained, or fold it by 'taskvec fuse'");
+        }
+    }
 }
 
 void note_high_rank(const run_options& run, std::size_t rank)
@@ -67,14 +89,44 @@ void add_modules_to_save(command& verb, adapter_settings& settings)
         "the default of the flag), average (by weight), first, or drop; error accepts none");
 }
 
-void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlohmann::json& config)
+void drop_whole_modules(const adapter_settings& settings, std::map<std::string, taskvec::peft_tensor>& others,
+    nlohmann::json& config, const std::string& label)
 {
-    const auto bias = config.find("bias");
-    const bool biases = bias != config.end() && bias->is_string() && *bias != "none";
+    const auto text_of = [&](const char* field) {
+        const auto place = config.find(field);
+        return place != config.end() && place->is_string() ? place->get<std::string>() : std::string();
+    };
+    std::vector<std::string> saved;
+    if (const auto list = config.find("modules_to_save"); list != config.end() && list->is_array()) {
+        for (const auto& one : *list) {
+            if (one.is_string()) { saved.push_back(one.get<std::string>()); }
+        }
+    }
+    const auto within = [](const std::string& name, const std::vector<std::string>& modules) {
+        return std::any_of(modules.begin(), modules.end(),
+            [&](const auto& module) { return taskvec::is_within_module(name, module); });
+    };
+    const bool biases = !text_of("bias").empty() && text_of("bias") != "none";
+    const auto type = text_of("task_type");
+    std::string head;
     std::erase_if(others, [&](const auto& one) {
-        return !one.first.ends_with(taskvec::peft_base_weight) && !(biases && one.first.ends_with(".bias"));
+        if (one.first.ends_with(taskvec::peft_base_weight)) { return false; }
+        if (biases && one.first.ends_with(".bias") && !within(one.first, saved)) { return false; }
+        if (within(one.first, heads_of_task(settings.words.task_type))) {
+            throw usage_error("--task-type " + settings.words.task_type + ": PEFT looks for '" + printable(one.first)
+                + "' in adapters of that type, which --modules-to-save drop leaves out");
+        }
+        if (within(one.first, heads_of_task(type))) { head = one.first; }
+        return true;
     });
     config["modules_to_save"] = nullptr;
+    if (head.empty()) { return; }
+    config["task_type"] = nullptr;
+    if (!settings.words.task_type.empty()) { return; }
+    note(settings.run,
+        "with '" + printable(head) + "' of " + label + " goes its task type, " + type
+            + ", by which PEFT would look for that: load what is written by PeftModel.from_pretrained on a model of "
+              "that class");
 }
 
 void note_modules_not_saved(const run_options& run, const nlohmann::json& config,
@@ -84,7 +136,7 @@ void note_modules_not_saved(const run_options& run, const nlohmann::json& config
     if (saved == config.end() || !saved->is_array()) { return; }
     const auto there = [&](const std::string& module) {
         return std::any_of(tensors.begin(), tensors.end(),
-            [&](const auto& one) { return ("." + one.first).find("." + module + ".") != std::string::npos; });
+            [&](const auto& one) { return taskvec::is_within_module(one.first, module); });
     };
     for (const auto& one : *saved) {
         if (!one.is_string()) { continue; }

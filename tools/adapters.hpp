@@ -32,8 +32,16 @@ namespace tool {
 struct peft_words {
     std::string base_name, task_type; ///< empty: as the adapter says
 };
-/// Adds --base-name and --task-type.
-void add_peft_words(command& verb, peft_words& words);
+inline constexpr const char* as_adapter_says = "as the adapter says";
+/// Adds --base-name and --task-type. `base_name`, `task_type`: what they are by default.
+void add_peft_words(command& verb, peft_words& words, const std::string& base_name = as_adapter_says,
+    const std::string& task_type = as_adapter_says);
+/// The modules that PEFT trains and saves whole in models of a task type, by the ends of their names: heads of
+/// classifiers.
+[[nodiscard]] const std::vector<std::string>& heads_of_task(const std::string& task_type);
+/// Throws usage_error where --task-type names a task whose heads PEFT looks for whole, and the adapter has factors of
+/// one of `modules` in its place.
+void check_task_type(const peft_words& words, const std::vector<std::string>& modules);
 /// Notes a rank that vLLM does not serve.
 void note_high_rank(const run_options& run, std::size_t rank);
 /// Notes what AutoPeftModel needs and a configuration does not say.
@@ -45,13 +53,15 @@ struct adapter_settings {
     std::string overflow = "error";
     std::string modules_to_save = "error"; ///< what becomes of whole modules: error, equal, average, first or drop
     peft_words words;
+    bool makes_adapter = false; ///< of what was none: what AutoPeftModel needs, and nothing gives, is noted
     run_options run;
 
     /// Nothing for `keep`.
     [[nodiscard]] std::optional<taskvec::dtype> output() const { return output_dtype(dtype); }
 };
-/// Adds --dtype, whose `keep` means `kept`, and the options of every run.
-void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept = "the adapter's");
+/// Adds --dtype, whose `keep` means `kept`, add_peft_words() and the options of every run.
+void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept = "the adapter's",
+    const std::string& base_name = as_adapter_says, const std::string& task_type = as_adapter_says);
 /// Adds --modules-to-save.
 void add_modules_to_save(command& verb, adapter_settings& settings);
 
@@ -87,8 +97,10 @@ void in_precision(bool wide, F&& f)
 }
 
 /// Takes away what an adapter carries beside its factors, but for copies of base weights and the biases that it
-/// announces.
-void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlohmann::json& config);
+/// announces. With the head of a classifier goes the task type, by which PEFT would look for it: that is noted, and
+/// throws usage_error where --task-type gives another such.
+void drop_whole_modules(const adapter_settings& settings, std::map<std::string, taskvec::peft_tensor>& others,
+    nlohmann::json& config, const std::string& label);
 
 /// Notes modules that a configuration says were trained whole (modules_to_save), where none of `tensors`, which came
 /// with the factors, is of them.
@@ -110,7 +122,9 @@ template <class T>
             .fold_word = "fold it into its base (taskvec fuse), and take a LoRA of the result (taskvec extract-lora)",
             .convert_word = "write it as the LoRA that it equals (taskvec convert --as peft)"});
     for (const auto& text : adapter.notes) { note(settings.run, text); }
-    if (settings.modules_to_save == "drop") { drop_whole_modules(adapter.others, adapter.config); }
+    if (settings.modules_to_save == "drop") {
+        drop_whole_modules(settings, adapter.others, adapter.config, in_quotes(directory));
+    }
     note_modules_not_saved(settings.run, adapter.config, adapter.others, in_quotes(directory));
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {
@@ -199,11 +213,15 @@ void write_adapter(const adapter_settings& settings, const runner& run, report_f
 {
     if (!settings.words.base_name.empty()) { adapter.config["base_model_name_or_path"] = settings.words.base_name; }
     if (!settings.words.task_type.empty()) { adapter.config["task_type"] = settings.words.task_type; }
+    std::vector<std::string> modules;
+    for (const auto& one : adapter.updates) { modules.push_back(one.first); }
+    check_task_type(settings.words, modules);
     std::size_t highest = 0;
     for (const auto& one : adapter.updates) { highest = std::max(highest, one.second.rank()); }
     note_high_rank(settings.run, highest);
     taskvec::peft_writer out(
         settings.out, adapter, {.output = settings.output(), .on_overflow = overflow_of(settings.overflow)});
+    if (settings.makes_adapter) { note_missing_words(settings.run, adapter.config); }
     const auto rest = write_rest ? write_rest(out.folder() / rest_file) : nullptr;
     std::uint64_t bytes_beside = 0;
     for (const auto& [name, text] : beside) {

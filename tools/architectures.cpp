@@ -306,6 +306,16 @@ bool is_read_past_its_module(const nlohmann::json& config, std::string_view modu
     return false;
 }
 
+bool peft_joins_experts(const nlohmann::json& config)
+{
+    constexpr std::array<std::string_view, 28> types{"mixtral", "minimax", "minimax_m2", "Dots3NoteTextModel", "afmoe",
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite",
+        "glm_moe_dsa", "glm4v_moe", "longcat_flash", "solar_open", "mellum", "qwen3_moe", "beam", "qwen3_omni_moe",
+        "qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "qwen3_next", "hunyuan_v1_moe", "flex_olmo", "olmoe",
+        "exaone_moe", "cohere2_moe"};
+    return std::find(types.begin(), types.end(), model_type(config)) != types.end();
+}
+
 bool is_router(const nlohmann::json& config, const taskvec::const_model_ref& model, std::string_view module)
 {
     const auto dot = module.rfind('.');

@@ -29,6 +29,10 @@ namespace tool {
 /// The rows of the input embedding among some tensors; nothing where none is called so.
 [[nodiscard]] std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_spec>& specs);
 
+/// Whether PEFT (0.21) makes of factors of single experts those of the parameter in which transformers 5 keeps all, as
+/// it loads an adapter, for models of this configuration.
+[[nodiscard]] bool peft_joins_experts(const nlohmann::json& config);
+
 /// A language model's input embedding, and what is the same matrix in the model that is loaded.
 struct tied_matrix {
     std::string embedding{}; ///< its module; empty: the model has none that is known

@@ -181,7 +181,12 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
     const auto made = taskvec::converted_adapter(adapter, dialect, options);
     if (dialect == taskvec::adapter_dialect::peft) {
         std::size_t highest = 0;
-        for (const auto& one : adapter.modules) { highest = std::max(highest, one.second.update.rank()); }
+        std::vector<std::string> modules;
+        for (const auto& [module, made_of] : adapter.modules) {
+            highest = std::max(highest, made_of.update.rank());
+            modules.push_back(module);
+        }
+        tool::check_task_type(given.words, modules);
         tool::note_high_rank(given.run, highest);
         tool::note_missing_words(given.run, nlohmann::json::parse(made.config));
     }

@@ -12,6 +12,7 @@
 #include <taskvec/reuse/post_pruning.hpp>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -124,10 +125,131 @@ module_names names_of_modules(const extract_lora_settings& given, const taskvec:
     return names;
 }
 
+/// The expert that a module is of: "PREFIX.experts", its number and the rest of the name. Nothing for other modules.
+struct expert_name {
+    std::string all, number, rest;
+};
+std::optional<expert_name> expert_of(std::string_view module)
+{
+    constexpr std::string_view word = ".experts.";
+    const auto at = module.find(word);
+    if (at == module.npos) { return std::nullopt; }
+    const auto first = at + word.size(), end = module.find('.', first);
+    const auto number = module.substr(first, end == module.npos ? end : end - first);
+    if (end == module.npos || number.empty() || number.find_first_not_of("0123456789") != number.npos) {
+        return std::nullopt;
+    }
+    return expert_name{
+        std::string(module.substr(0, first - 1)), std::string(number), std::string(module.substr(end + 1))};
+}
+
+/// What keeps PEFT from joining the factors of experts; "" where it does.
+template <class T>
+std::string hindrance_of_experts(const taskvec::lora_adapter<T>& adapter, const taskvec::const_model_ref& base)
+{
+    std::map<std::string, std::set<std::string>> numbers; // in the base
+    for (const auto& [name, tensor] : base) {
+        if (const auto expert = expert_of(name)) { numbers[expert->all].insert(expert->number); }
+    }
+    std::map<std::string, std::map<std::string, std::set<std::string>>> adapted; // numbers, by layer and kind
+    std::set<std::string> kinds;
+    std::set<std::size_t> ranks;
+    std::size_t highest = 0;
+    for (const auto& [module, update] : adapter) {
+        highest = std::max(highest, update.rank());
+        const auto expert = expert_of(module);
+        if (!expert) { continue; }
+        adapted[expert->all][expert->rest].insert(expert->number);
+        kinds.insert(expert->rest);
+        ranks.insert(update.rank());
+    }
+    for (const auto& [layer, of_kinds] : adapted) {
+        for (const auto& [first, second] : {std::pair{"gate_proj", "up_proj"}, std::pair{"w1", "w3"}}) {
+            if (of_kinds.contains(first) == of_kinds.contains(second)) { continue; }
+            return std::string("only where '") + first + "' and '" + second + "' are adapted together";
+        }
+        for (const auto& [kind, of_numbers] : of_kinds) {
+            if (of_numbers != numbers[layer]) { return "only where all experts of '" + layer + "' are adapted"; }
+        }
+    }
+    if (ranks != std::set{highest}) {
+        return "only where all are of the adapter's highest rank (--rank, not --energy)";
+    }
+    for (const auto& [module, update] : adapter) {
+        if (expert_of(module) || !kinds.contains(module.substr(module.rfind('.') + 1))) { continue; }
+        return "loses the factors of '" + module + "', a layer of the same name outside the experts";
+    }
+    return "";
+}
+
+/// What a user should know of experts among the modules of an adapter; "" where there are none.
+template <class T>
+std::string words_of_experts(
+    const taskvec::lora_adapter<T>& adapter, const taskvec::const_model_ref& base, const nlohmann::json& config)
+{
+    const auto expert =
+        std::find_if(adapter.begin(), adapter.end(), [](const auto& one) { return expert_of(one.first).has_value(); });
+    if (expert == adapter.end()) { return ""; }
+    const auto what = "'" + expert->first + "' is one of the experts that transformers 5 keeps as one parameter";
+    const std::string fold = "fold the adapter by 'taskvec fuse'",
+                      leave_out = ", or leave experts out by --exclude '\\.experts\\.'";
+    if (!tool::peft_joins_experts(config)) { return what + ", where PEFT does not find it: " + fold + leave_out; }
+    const auto but = hindrance_of_experts(adapter, base);
+    return but.empty()
+        ? what + ": PEFT 0.21 joins their factors as it loads the adapter; for an older one " + fold
+        : what + ": PEFT 0.21 joins their factors as it loads an adapter, but " + but + ": " + fold + leave_out;
+}
+
+/// A tensor of a model, stored or worked out, as an adapter carries it.
+taskvec::peft_tensor whole_tensor(const taskvec::cpu& policy, const taskvec::const_tensor_ref& tensor)
+{
+    taskvec::peft_tensor made{tensor.source ? tensor.source->type() : tensor.dtype, tensor.shape, {}};
+    const auto count = taskvec::element_count(made.shape);
+    made.bytes.resize(taskvec::byte_count(made.dtype, count));
+    if (tensor.source) {
+        std::vector<double> aligned(made.bytes.size() / sizeof(double) + 1);
+        tensor.source->prepare(policy);
+        tensor.source->read(0, count, aligned.data());
+        tensor.source->release();
+        std::memcpy(made.bytes.data(), aligned.data(), made.bytes.size());
+    }
+    else if (!made.bytes.empty()) {
+        std::memcpy(made.bytes.data(), tensor.data, made.bytes.size());
+    }
+    return made;
+}
+
+/// What adapter_config.json is to say of the model: as the options do, then as an adapter that is the task does.
+tool::peft_words words_of(const extract_lora_settings& given)
+{
+    auto words = given.words;
+    std::error_code ignored;
+    if (words.base_name.empty() && tool::fs::is_directory(given.base, ignored)) { words.base_name = given.base; }
+    if (given.adapter.empty()) { return words; }
+    const auto file = tool::parse_task(given.adapter, "--task-adapter").path / taskvec::peft_config_name;
+    if (!tool::fs::is_regular_file(file, ignored)) { return words; }
+    const auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
+    const auto take = [&](std::string& word, const char* field) {
+        const auto place = config.find(field);
+        if (word.empty() && place != config.end() && place->is_string()) { word = place->template get<std::string>(); }
+    };
+    take(words.base_name, "base_model_name_or_path");
+    take(words.task_type, "task_type");
+    return words;
+}
+
 template <class T>
 void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base,
     const taskvec::const_model_ref& tuned, std::uint64_t task_bytes)
 {
+    const auto words = words_of(given);
+    // Heads that PEFT looks for whole, by the task type.
+    const auto& heads = tool::heads_of_task(words.task_type);
+    const auto is_of_head = [&](std::string_view name) {
+        return std::any_of(
+            heads.begin(), heads.end(), [&](const auto& head) { return taskvec::is_within_module(name, head); });
+    };
+    const auto chosen = tool::name_filter(given.include, given.exclude);
     std::optional<tool::resumed_work> work;
     std::optional<tool::kept_layers> layers;
     if (!given.resume.directory.empty() && !given.run.dry_run) {
@@ -153,7 +275,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     const bool bare_routers = version_of_library(given).value_or(4) >= 5;
     auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
         {.rank = given.rank.choice(),
-            .include = tool::name_filter(given.include, given.exclude),
+            .include = [&](std::string_view name) { return !is_of_head(name) && (!chosen || chosen(name)); },
             .layers =
                 [&](std::string_view name) {
                     const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
@@ -172,7 +294,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             taskvec::message("'", given.base, "' and ", label_of_task(given),
                 " do not differ in any matrix or convolution '*.weight'",
-                given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
+                given.include.empty() && given.exclude.empty() && heads.empty() ? "" : " that is looked at",
                 found.left_out.empty() ? std::string(": there is nothing to extract an adapter from")
                                        : taskvec::message(", but in ", tool::counted(found.left_out.size(), "tensor"),
                                              " that no LoRA can hold ('", found.left_out.front(), "'",
@@ -211,16 +333,8 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     }
 
     taskvec::peft_adapter<T> adapter;
-    const auto expert = std::find_if(found.adapter.begin(), found.adapter.end(), [](const auto& one) {
-        const auto at = one.first.find(".experts.");
-        return at != std::string::npos && at + 9 < one.first.size() && one.first[at + 9] >= '0'
-            && one.first[at + 9] <= '9';
-    });
-    if (expert != found.adapter.end()) {
-        tool::note(given.run,
-            "'" + expert->first
-                + "' is one of the experts that transformers 5 keeps as one parameter, where PEFT does not find it: "
-                  "fold the adapter by 'taskvec fuse', or leave experts out by --exclude '\\.experts\\.'");
+    if (const auto text = words_of_experts(found.adapter, base.model(), config); !text.empty()) {
+        tool::note(given.run, text);
     }
     const auto router = std::find_if(found.adapter.begin(), found.adapter.end(),
         [&](const auto& one) { return tool::is_router(config, base.model(), one.first); });
@@ -297,8 +411,23 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             "'" + tie.embedding + "' of '" + given.base + "' is one matrix with " + text
                 + ": the adapter has its update under each name; fold it by 'taskvec fuse', which adds it once");
     }
-    std::error_code ignored;
-    if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
+    if (!words.base_name.empty()) { adapter.config["base_model_name_or_path"] = words.base_name; }
+    if (!words.task_type.empty()) { adapter.config["task_type"] = words.task_type; }
+    for (const auto& [name, tensor] : tuned) {
+        if (!is_of_head(name)) { continue; }
+        const auto* const before = base.model().find(name);
+        const auto at = name.rfind('.');
+        adapter.others.emplace(names.of(name.substr(0, at)) + name.substr(at),
+            whole_tensor(run.policy(), before && chosen && !chosen(name) ? *before : tensor));
+    }
+    if (!adapter.others.empty()) {
+        adapter.config["modules_to_save"] = heads;
+        tool::note(given.run,
+            "'" + adapter.others.begin()->first + "'"
+                + (adapter.others.size() > 1 ? " and what else is of the head are" : " is")
+                + " whole in the adapter, under modules_to_save, where PEFT looks for the head of a model of task type "
+                + words.task_type);
+    }
 
     if (given.sparse_rest) {
         if (kept.empty()) {
@@ -429,6 +558,7 @@ void run_extract_lora(extract_lora_settings given)
 const tool::register_verb extract_lora_verb(70, "extract-lora",
     "Make a LoRA adapter of what fine-tuning changed in a model's matrices and convolutions", [](tool::command& verb) {
         const auto given = std::make_shared<extract_lora_settings>();
+        given->makes_adapter = true;
         verb.text("--base", given->base, "MODEL", "The pre-trained model", tool::presence::required);
         verb.text("--task", given->task, "MODEL", "The fine-tuned model");
         verb.text("--task-adapter", given->adapter, "PATH[=W]",
@@ -445,7 +575,8 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         tool::add_name_options(verb, given->names, given->match_prefixes);
         tool::add_index_option(verb, given->index);
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
-        tool::add_adapter_options(verb, *given, "the base's, per tensor");
+        tool::add_adapter_options(verb, *given, "the base's, per tensor",
+            "the directory of --base, or as --task-adapter says", "as --task-adapter says");
         verb.flag("--sparse-rest", given->sparse_rest,
             "Keep what changed and no LoRA can hold (biases, norms, …) as a delta beside the adapter, "
             "rest.delta.safetensors, which apply adds to the base");

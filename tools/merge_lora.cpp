@@ -93,7 +93,10 @@ public:
             initial_ = tool::read_adapter<T>(given.init, given);
             bytes_ += tool::adapter_bytes(given.init);
         }
+        call_biases({});
         line_up(given);
+        line_up_heads(given);
+        check_whole_or_factored();
         line_up_vocabularies(given);
         if (given.modules_to_save == "average" || given.modules_to_save == "first") {
             join_whole_modules(given.modules_to_save == "average", given);
@@ -106,6 +109,7 @@ public:
             updates_.push_back(adapter.updates);
         }
         check_shapes();
+        call_biases(adapted_modules());
     }
     [[nodiscard]] std::span<const taskvec::lora_adapter<T>> updates() const { return updates_; }
     [[nodiscard]] const taskvec::lora_adapter<T>& initial() const { return initial_.updates; }
@@ -133,6 +137,10 @@ public:
                 const auto said = text_of(adapter.config, field);
                 if (!said.empty() && text_of(result.config, field).empty()) { result.config[field] = said; }
             }
+            const auto trained = text_of(adapter.config, "bias");
+            if (trained == "all" || (trained == "lora_only" && text_of(result.config, "bias") != "all")) {
+                result.config["bias"] = trained;
+            }
             result.embeddings.insert(adapter.embeddings.begin(), adapter.embeddings.end());
             for (const auto& [name, type] : adapter.stored) {
                 const auto [place, fresh] = result.stored.emplace(name, type);
@@ -143,7 +151,10 @@ public:
             return std::equal(adapter.updates.begin(), adapter.updates.end(), adapters_[0].updates.begin(),
                 adapters_[0].updates.end(), [](const auto& a, const auto& b) { return a.first == b.first; });
         };
-        if (!std::all_of(adapters_.begin(), adapters_.end(), same_modules)) { // write_peft() then lists every module
+        const bool as_first = !tied_ || *tied_ == flag_of(result.config, tying);
+        if (!as_first) { result.config[tying] = *tied_; }
+        // write_peft() then lists every module
+        if (!as_first || !std::all_of(adapters_.begin(), adapters_.end(), same_modules)) {
             for (const char* field : {"target_modules", "exclude_modules"}) { result.config[field] = nullptr; }
         }
         return result;
@@ -151,7 +162,8 @@ public:
 
 private:
     using adapter_type = taskvec::peft_adapter<T>;
-    static constexpr const char* base_name = "base_model_name_or_path";
+    static constexpr const char *base_name = "base_model_name_or_path", *tying = "ensure_weight_tying";
+    inline static const std::string head{taskvec::peft_tied_head};
 
     static std::string text_of(const nlohmann::json& config, const char* field)
     {
@@ -258,6 +270,148 @@ private:
                 }
             }
             add_modules(adapter, seen);
+        }
+    }
+    /// The embedding whose update is that of the head which an adapter ties to it; "" where that cannot be told.
+    static std::string tied_embedding(const adapter_type& adapter)
+    {
+        for (const auto& module : adapter.embeddings) {
+            if (module == "embed_tokens" || module.ends_with(".embed_tokens")) { return module; }
+        }
+        return adapter.embeddings.size() == 1 ? *adapter.embeddings.begin() : "";
+    }
+    /// Whether an adapter changes an embedding of tokens or a head.
+    static bool changes_tokens(const adapter_type& adapter)
+    {
+        return std::any_of(adapter.updates.begin(), adapter.updates.end(), [](const auto& one) {
+            return tool::has_rows_of_tokens(one.first + ".weight");
+        }) || std::any_of(adapter.others.begin(), adapter.others.end(), [](const auto& one) {
+            return one.first.ends_with(".weight") && !one.first.ends_with(taskvec::peft_base_weight)
+                && tool::has_rows_of_tokens(one.first);
+        });
+    }
+    /// Whether PEFT ties the head that an adapter changes, or whose embedding it does: of those that it looks for.
+    static bool ties_head(const nlohmann::json& config)
+    {
+        const auto names = [&](const char* field) {
+            const auto list = config.find(field);
+            if (list == config.end() || !list->is_array()) { return list != config.end() && list->is_string(); }
+            return std::any_of(list->begin(), list->end(), [](const auto& one) {
+                if (!one.is_string()) { return false; }
+                const std::string_view name = one.template get_ref<const std::string&>();
+                const auto last = name.substr(name.rfind('.') + 1);
+                return last == "embed_tokens" || last == head;
+            });
+        };
+        return flag_of(config, tying) && (names("target_modules") || names("modules_to_save"));
+    }
+    static bool names_head(const nlohmann::json& config)
+    {
+        const auto targets = config.find("target_modules");
+        return targets != config.end() && targets->is_array()
+            && std::find(targets->begin(), targets->end(), head) != targets->end();
+    }
+    /// The head's factors are the embedding's, of which PEFT and `extract-lora` write the one or both.
+    static void give_head(adapter_type& adapter)
+    {
+        const auto embedding = tied_embedding(adapter);
+        if (embedding.empty() || adapter.updates.contains(head)) { return; }
+        const auto& update = adapter.updates.at(embedding);
+        adapter.updates.emplace(head,
+            taskvec::lora_update<T>{
+                taskvec::transposed_copy(update.a), taskvec::transposed_copy(update.b), update.scaling});
+        if (const auto type = adapter.stored.find(embedding); type != adapter.stored.end()) {
+            adapter.stored.emplace(head, type->second);
+        }
+    }
+    /// Adapters that tie the head to the embedding (ensure_weight_tying) have the factors of both where others have, or
+    /// change the two each by itself: the result then ties nothing.
+    void line_up_heads(const merge_lora_settings& given)
+    {
+        std::vector<adapter_type*> tied;
+        const adapter_type* by_itself = nullptr;
+        for (auto& adapter : adapters_) {
+            if (!changes_tokens(adapter)) { continue; }
+            if (ties_head(adapter.config)) { tied.push_back(&adapter); }
+            else if (!by_itself) {
+                by_itself = &adapter;
+            }
+        }
+        if (tied.empty()) {
+            if (by_itself) { tied_ = false; }
+            return;
+        }
+        tied_ = !by_itself;
+        const bool known = std::any_of(tied.begin(), tied.end(), [](const auto* one) {
+            return one->updates.contains(head) || names_head(one->config);
+        }); // that the base has one matrix for the two
+        for (auto* const one : tied) {
+            if (known) { give_head(*one); }
+            const bool both = one->updates.contains(head) && !tied_embedding(*one).empty();
+            if (both || !by_itself) { continue; }
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
+                taskvec::message("'", one->label, "' ties the head to the embedding (", tying, ") and '",
+                    by_itself->label,
+                    "' changes them each by itself, and the first holds no factors of both: fold each into the base "
+                    "(taskvec fuse), and merge the models"));
+        }
+        if (known && given.in_phi() && ties_head(initial_.config)) { give_head(initial_); }
+        if (!by_itself) { return; }
+        tool::note(given.run,
+            taskvec::message("'", tied.front()->label, "' ties the head to the embedding (", tying, ") and '",
+                by_itself->label, "' does not: the result ties nothing, and changes the two each by itself"));
+    }
+    /// The modules that some adapter has factors of.
+    [[nodiscard]] std::set<std::string> adapted_modules() const
+    {
+        std::set<std::string> modules;
+        for (const auto& adapter : adapters_) {
+            for (const auto& one : adapter.updates) { modules.insert(one.first); }
+        }
+        return modules;
+    }
+    /// Biases as PEFT calls them where it adapts these modules: their layers, with the biases, lie within others.
+    void call_biases(const std::set<std::string>& adapted)
+    {
+        constexpr std::string_view plain = ".bias";
+        const auto call = [&](adapter_type& adapter) {
+            std::map<std::string, taskvec::peft_tensor> called;
+            for (auto& [name, tensor] : adapter.others) {
+                auto other = name;
+                if (name.ends_with(plain)) {
+                    const auto tail = name.ends_with(taskvec::peft_base_bias) ? taskvec::peft_base_bias : plain;
+                    other.resize(name.size() - tail.size());
+                    other += adapted.contains(other) ? taskvec::peft_base_bias : plain;
+                }
+                if (!called.emplace(other, std::move(tensor)).second) {
+                    taskvec::raise<taskvec::format_error>(taskvec::error_code::adapter_tensors,
+                        taskvec::message("'", name, "' and '", other, "' are one bias: take one of them out"),
+                        adapter.label);
+                }
+            }
+            adapter.others = std::move(called);
+        };
+        for (auto& adapter : adapters_) { call(adapter); }
+        call(initial_);
+    }
+    /// No adapter has a module both whole and as factors.
+    void check_whole_or_factored() const
+    {
+        for (const auto& whole : adapters_) {
+            for (const auto& [name, tensor] : whole.others) {
+                if (!name.ends_with(".weight") || name.ends_with(taskvec::peft_base_weight)) { continue; }
+                const auto module = name.substr(0, name.rfind('.'));
+                if (whole.updates.contains(module)) { continue; }
+                for (const auto& other : adapters_) {
+                    if (!other.updates.contains(module)) { continue; }
+                    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
+                        taskvec::message("module '", module, "' comes whole with '", whole.label, "', and '",
+                            other.label,
+                            "' has factors of it, which no one adapter holds: leave what is whole out "
+                            "(--modules-to-save drop), or fold each into the base (taskvec fuse) and merge the "
+                            "models"));
+                }
+            }
         }
     }
     /// An adapter whose factors, or whole tensors, have rows of tokens.
@@ -609,6 +763,7 @@ private:
     adapter_type initial_;
     std::map<std::string, std::string> tokenizer_;
     bool lined_up_ = false;
+    std::optional<bool> tied_; ///< what the result says of the head and the embedding, where they are changed
     std::uint64_t bytes_ = 0;
 };
 

@@ -12832,6 +12832,17 @@ struct peft_tensor {
 
 /// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
 inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
+/// What follows it in the name of the bias of an adapted module, which was trained.
+inline constexpr std::string_view peft_base_bias = ".base_layer.bias";
+/// The head that PEFT ties to the embedding (ensure_weight_tying); of other names it ties none.
+inline constexpr std::string_view peft_tied_head = "lm_head";
+
+/// Whether a tensor is of a module that modules_to_save calls `module`: PEFT takes every module whose name ends so
+/// ("classifier" is pre_classifier too), with all that is within it.
+[[nodiscard]] inline bool is_within_module(std::string_view tensor, std::string_view module)
+{
+    return !module.empty() && tensor.find(std::string(module) + ".") != tensor.npos;
+}
 
 /// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
 /// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
@@ -13295,12 +13306,24 @@ template <class T>
 [[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
 {
     const auto list = config.find("modules_to_save");
-    if (list == config.end() || !list->is_array()) { return false; }
-    const std::string path = "." + std::string(name);
-    for (const auto& module : *list) {
-        if (module.is_string() && path.find("." + module.get<std::string>() + ".") != path.npos) { return true; }
-    }
-    return false;
+    return list != config.end() && list->is_array() && std::any_of(list->begin(), list->end(), [&](const auto& module) {
+        return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
+    });
+}
+
+/// Whether a module is the head of an adapter that says ensure_weight_tying and names embed_tokens or lm_head: PEFT
+/// gives it what it gives the embedding, whether target_modules names it or not.
+[[nodiscard]] inline bool is_tied_head(const nlohmann::json& config, std::string_view module)
+{
+    const auto flag = config.find("ensure_weight_tying"), targets = config.find("target_modules");
+    if (module != peft_tied_head || flag == config.end() || !flag->is_boolean() || !flag->get<bool>()) { return false; }
+    return targets == config.end() || !targets->is_array()
+        || std::any_of(targets->begin(), targets->end(), [](const auto& one) {
+               if (!one.is_string()) { return false; }
+               const std::string_view name = one.template get_ref<const std::string&>();
+               const auto last = name.substr(name.rfind('.') + 1);
+               return last == "embed_tokens" || last == peft_tied_head;
+           });
 }
 
 } // namespace detail
@@ -13471,7 +13494,8 @@ template <arithmetic_element T = float>
     alphas.check_used("alpha_pattern", config_file);
     std::vector<std::string> modules;
     for (const auto& one : pairs) { modules.push_back(one.first); }
-    const auto out = detail::modules_left_out(adapter.config, modules, [](const auto&) { return false; });
+    const auto out = detail::modules_left_out(adapter.config, modules,
+        [&](const std::string& module) { return detail::is_tied_head(adapter.config, module); });
     if (!out.empty()) {
         adapter.notes.push_back(detail::left_out_words("'" + adapter.label + "'", out, modules.size()));
     }
@@ -15621,9 +15645,11 @@ private:
     /// Takes out what PEFT does nothing with.
     void leave_out()
     {
-        const auto out = modules_left_out(
+        auto out = modules_left_out(
             adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
         for (const auto& module : out) { adapter_.modules.erase(module); }
+        // Of a head that is tied PEFT saves the embedding's factors once more: nothing is lost with them.
+        std::erase_if(out, [&](const auto& module) { return is_tied_head(adapter_.config, module); });
         if (out.empty()) { return; }
         note(left_out_words(adapter_.label, out, modules_.size()));
     }

@@ -1741,6 +1741,374 @@ TEST_CASE("modules that a configuration says were saved whole, and the file lack
     CHECK(result.err.find("holds nothing of it") == std::string::npos);
 }
 
+namespace {
+
+/// A tensor of floats that an adapter carries beside its factors.
+taskvec::peft_tensor carried(taskvec::extents shape, const std::vector<float>& values)
+{
+    taskvec::peft_tensor made{taskvec::dtype::f32, std::move(shape), {}};
+    made.bytes.resize(sizeof(float) * values.size());
+    std::memcpy(made.bytes.data(), values.data(), made.bytes.size());
+    return made;
+}
+
+/// What an adapter does to the embedding and to the head of a base that ties them, each tokens×width, as PEFT loads it.
+std::pair<plain_matrix, plain_matrix> of_tokens(const std::filesystem::path& directory)
+{
+    const auto config = config_of(directory);
+    const auto targets = config["target_modules"].get<std::set<std::string>>();
+    const bool tied = config.value("ensure_weight_tying", false);
+    const auto tensors = read_values(directory / weights_file);
+    auto made = std::pair{reference::zeros(9, 4), reference::zeros(9, 4)};
+    const auto add = [&](plain_matrix& x, const std::string& module, const std::string& a, const std::string& b) {
+        const auto stem = "base_model.model." + module;
+        if (!tensors.contains(stem + a)) { return false; }
+        const bool turned = a == ".lora_embedding_A"; // r×tokens and width×r
+        const auto &left = tensors.at(stem + (turned ? a : b)).values,
+                   &right = tensors.at(stem + (turned ? b : a)).values;
+        const auto rank = left.size() / 9;
+        const double scaling = config["alpha_pattern"].value(module, config["lora_alpha"].get<double>())
+            / config["rank_pattern"].value(module, config["r"].get<double>());
+        for (std::size_t i = 0; i < 9; ++i) {
+            for (std::size_t j = 0; j < 4; ++j) {
+                for (std::size_t k = 0; k < rank; ++k) {
+                    x[i][j] += scaling * double{left[turned ? k * 9 + i : i * rank + k]}
+                        * double{right[turned ? j * rank + k : k * 4 + j]};
+                }
+            }
+        }
+        return true;
+    };
+    if (targets.contains("model.embed_tokens") || targets.contains("embed_tokens")) {
+        add(made.first, "model.embed_tokens", ".lora_embedding_A", ".lora_embedding_B");
+    }
+    const bool head =
+        (tied || targets.contains("lm_head")) && add(made.second, "lm_head", ".lora_A.weight", ".lora_B.weight");
+    if (tied && !head) { made.second = made.first; }
+    return made;
+}
+
+} // namespace
+
+TEST_CASE("merge-lora of adapters that tie the head to the embedding, and of others, gives both what they do to each")
+{
+    const scratch folder;
+    const auto write = [&](const std::string& name, std::uint64_t seed, bool embedding, bool head, bool tied,
+                           nlohmann::json targets) {
+        adapter made;
+        made.updates["model.layers.0.q"] = normal_update<float>(4, 4, 3, seed, 0.5);
+        if (embedding) {
+            made.updates["model.embed_tokens"] = normal_update<float>(4, 9, 2, seed + 1, 0.5);
+            made.embeddings.insert("model.embed_tokens");
+        }
+        if (head) { made.updates["lm_head"] = normal_update<float>(9, 4, 2, seed + 2, 0.5); }
+        if (head && tied) {
+            const auto& update = made.updates.at("model.embed_tokens");
+            auto& turned = made.updates.at("lm_head");
+            for (std::size_t k = 0; k < 2; ++k) {
+                for (std::size_t i = 0; i < 9; ++i) { turned.b(i, k) = update.a(k, i); }
+                for (std::size_t j = 0; j < 4; ++j) { turned.a(k, j) = update.b(j, k); }
+            }
+        }
+        made.config = {{"target_modules", std::move(targets)}, {"ensure_weight_tying", tied}};
+        taskvec::write_peft(folder / name, made);
+    };
+    write("plain", 10, false, false, false, {"q"});
+    write("tied", 20, true, true, true, {"model.embed_tokens", "q", "embed_tokens"}); // as PEFT saves it
+    write("extracted", 30, true, false, true, {"model.embed_tokens", "model.layers.0.q", "lm_head"});
+    write("embedding", 40, true, false, false, {"q", "embed_tokens"});
+    write("both", 50, true, true, false, {"q", "embed_tokens", "lm_head"});
+    const std::vector<std::string> all{"plain", "tied", "extracted", "embedding", "both"};
+    for (const auto& first : all) {
+        for (const auto& second : all) {
+            if (first == second) { continue; }
+            CAPTURE(first + " " + second);
+            std::filesystem::remove_all(folder / "out");
+            const auto merged =
+                run(folder, {"merge-lora", "--adapter", first + "=2", "--adapter", second, "--out", "out"});
+            REQUIRE_MESSAGE(merged.code == 0, merged.err);
+            CHECK(merged.err.find("are left out") == std::string::npos);
+            const auto untied = [](const std::string& name) { return name == "embedding" || name == "both"; };
+            const auto ties = [](const std::string& name) { return name == "tied" || name == "extracted"; };
+            const bool mixed = (untied(first) && ties(second)) || (ties(first) && untied(second));
+            CHECK((merged.err.find("the result ties nothing") != std::string::npos) == mixed);
+            auto sum = of_tokens(folder / second);
+            const auto more = of_tokens(folder / first), found = of_tokens(folder / "out");
+            reference::add(sum.first, more.first, 2);
+            reference::add(sum.second, more.second, 2);
+            CHECK(reference::distance(found.first, sum.first) <= 1e-5 * (1 + reference::norm(sum.first)));
+            CHECK(reference::distance(found.second, sum.second) <= 1e-5 * (1 + reference::norm(sum.second)));
+        }
+    }
+    // Of what a tied adapter does to the head nothing else tells: the flag alone may be of a base that ties nothing.
+    write("flag", 60, true, false, true, {"q", "embed_tokens"});
+    std::filesystem::remove_all(folder / "out");
+    for (const auto& other : {"both", "embedding"}) {
+        refused(folder, {"merge-lora", "--adapter", other, "--adapter", "flag", "--out", "out"}, 1,
+            "holds no factors of both");
+    }
+    REQUIRE(run(folder, {"merge-lora", "--adapter", "plain", "--adapter", "flag", "--out", "out"}).code == 0);
+    CHECK(config_of(folder / "out")["ensure_weight_tying"] == true);
+    CHECK_FALSE(read_values(folder / "out" / weights_file).contains("base_model.model.lm_head.lora_A.weight"));
+    // PEFT ties what it finds by the names of embed_tokens and lm_head alone.
+    {
+        adapter made;
+        made.updates["transformer.wte"] = normal_update<float>(4, 9, 2, 70, 0.5);
+        made.embeddings.insert("transformer.wte");
+        made.config = {{"target_modules", {"wte"}}, {"ensure_weight_tying", true}};
+        taskvec::write_peft(folder / "wte", made);
+        made.updates["lm_head"] = normal_update<float>(9, 4, 2, 71, 0.5);
+        made.config = {{"target_modules", {"wte", "lm_head"}}};
+        taskvec::write_peft(folder / "head", made);
+        REQUIRE(run(folder, {"merge-lora", "--adapter", "wte", "--adapter", "head", "--out", "out"}).code == 0);
+        CHECK(config_of(folder / "out")["ensure_weight_tying"] == false);
+        const auto found = dense_updates(folder / "out").at("lm_head"),
+                   expected = dense_updates(folder / "head").at("lm_head");
+        CHECK(reference::distance(found, expected) <= 1e-5 * (1 + reference::norm(expected)));
+    }
+    // fuse adds what is one matrix once, and says nothing of factors that are lost.
+    write_values(folder / "base.safetensors",
+        {{"model.embed_tokens.weight", tensor(9, 4, 1)}, {"model.layers.0.q.weight", tensor(4, 4, 2)}});
+    const auto fused =
+        run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "tied", "--out", "fused.safetensors"});
+    REQUIRE_MESSAGE(fused.code == 0, fused.err);
+    CHECK(fused.err.find("are left out") == std::string::npos);
+    const auto change = difference(read_values(folder / "fused.safetensors").at("model.embed_tokens.weight"),
+        read_values(folder / "base.safetensors").at("model.embed_tokens.weight"));
+    const auto expected = of_tokens(folder / "tied").first;
+    CHECK(reference::distance(change, expected) <= 1e-5 * (1 + reference::norm(expected)));
+}
+
+TEST_CASE("merge-lora refuses a module that comes whole with one adapter, and as factors with another")
+{
+    const scratch folder;
+    auto whole = three_layers(1), factored = three_layers(20);
+    whole.config["modules_to_save"] = {"score", "table"};
+    whole.others["score.weight"] = carried({2, 3}, {1, 2, 3, 4, 5, 6});
+    factored.updates["score"] = normal_update<float>(2, 3, 1, 7);
+    taskvec::write_peft(folder / "a", whole);
+    taskvec::write_peft(folder / "b", factored);
+    for (const auto& order : {std::pair{"a", "b"}, std::pair{"b", "a"}}) {
+        for (const std::string how : {"equal", "average", "first"}) {
+            CAPTURE(how);
+            refused(folder,
+                {"merge-lora", "--adapter", order.first, "--adapter", order.second, "--modules-to-save", how, "--out",
+                    "out"},
+                1, "module 'score' comes whole with 'a', and 'b' has factors of it");
+        }
+    }
+    REQUIRE(run(folder, with(merge_two, {"--modules-to-save", "drop"})).code == 0);
+    check_close({{"score", dense_updates(folder / "out").at("score")}},
+        {{"score", reference::dense(factored.updates["score"])}});
+}
+
+TEST_CASE("merge-lora calls a bias as PEFT does where the result adapts its module, and averages one under two names")
+{
+    const scratch folder;
+    const std::string prefix = "base_model.model.", plain = "layers.1.q.bias", within = "layers.1.q.base_layer.bias";
+    auto all = three_layers(1), only = three_layers(20), none = three_layers(40);
+    all.updates.erase("layers.1.q"); // whose bias was trained all the same
+    all.config["bias"] = "all";
+    all.others[plain] = carried({8}, {1, 2, 3, 4, 5, 6, 7, 8});
+    only.config["bias"] = "lora_only";
+    only.others[within] = carried({8}, {3, 2, 1, 0, -1, -2, -3, -4});
+    taskvec::write_peft(folder / "all", all);
+    taskvec::write_peft(folder / "only", only);
+    taskvec::write_peft(folder / "none", none);
+    write_values(folder / "base.safetensors",
+        {{"layers.0.q.weight", tensor(9, 7, 1)}, {"layers.0.v.weight", tensor(6, 7, 2)},
+            {"layers.1.q.weight", tensor(8, 8, 3)}, {plain, {taskvec::dtype::f32, {8}, std::vector<float>(8)}}});
+    const std::vector<float> mean{2, 2, 2, 2, 2, 2, 2, 2};
+    for (const auto& [first, second] : std::vector<std::pair<std::string, std::string>>{
+             {"all", "none"}, {"none", "all"}, {"all", "only"}, {"only", "all"}}) {
+        CAPTURE(first + " " + second);
+        std::filesystem::remove_all(folder / "out");
+        REQUIRE(
+            run(folder,
+                {"merge-lora", "--adapter", first, "--adapter", second, "--modules-to-save", "average", "--out", "out"})
+                .code
+            == 0);
+        const bool two = first == "only" || second == "only";
+        const auto found = read_values(folder / "out" / weights_file);
+        CHECK_FALSE(found.contains(prefix + plain));
+        REQUIRE(found.contains(prefix + within));
+        const auto expected = two ? mean : std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8};
+        CHECK(found.at(prefix + within).values == expected);
+        CHECK(config_of(folder / "out")["bias"] == "all");
+        REQUIRE(
+            run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "out", "--out", "fused.safetensors"}).code
+            == 0);
+        CHECK(read_values(folder / "fused.safetensors").at(plain).values == expected);
+    }
+    // Where nothing adapts the module the bias is its own.
+    REQUIRE(run(folder, {"merge-lora", "--adapter", "all", "--out", "out"}).code == 0);
+    CHECK(read_values(folder / "out" / weights_file).contains(prefix + plain));
+    all.others[within] = only.others[within];
+    taskvec::write_peft(folder / "twice", all);
+    refused(folder, {"merge-lora", "--adapter", "twice", "--out", "no"}, 1, "are one bias");
+}
+
+TEST_CASE("heads of classifiers are known by the ends of their names, and dropped with the task type that wants them")
+{
+    const scratch folder;
+    for (const std::string type : {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}) {
+        CAPTURE(type);
+        const std::string head = type == "QUESTION_ANS" ? "qa_outputs" : "classifier";
+        auto made = three_layers();
+        made.config = {{"task_type", type}, {"modules_to_save", {head}}, {"bias", "all"}};
+        made.others["layers.0.q.base_layer.bias"] = carried({9}, std::vector<float>(9, 3));
+        for (const auto& name : {head, "pre_" + head}) { // as DistilBERT's, which PEFT saves with it
+            made.others[name + ".weight"] = carried({1, 2}, {1, 2});
+            made.others[name + ".bias"] = carried({1}, {3});
+        }
+        std::filesystem::remove_all(folder / "a");
+        taskvec::write_peft(folder / "a", made);
+        for (const auto& verb : {std::vector<std::string>{"merge-lora"}, {"peru-lora", "--rank", "2"}}) {
+            CAPTURE(verb[0]);
+            const auto line = with(verb, {"--adapter", "a", "--out", "out", "--modules-to-save"});
+            REQUIRE(run(folder, with(line, {"equal"})).code == 0);
+            CHECK(shapes_in(folder / "out").at("pre_" + head + ".bias") == taskvec::extents{1});
+            CHECK(config_of(folder / "out")["task_type"] == type);
+            const auto dropped = run(folder, with(line, {"drop"}));
+            REQUIRE_MESSAGE(dropped.code == 0, dropped.err);
+            CHECK(dropped.err.find("of 'a' goes its task type, " + type) != std::string::npos);
+            CHECK(config_of(folder / "out")["task_type"].is_null());
+            CHECK(config_of(folder / "out")["modules_to_save"].is_null());
+            const auto left = shapes_in(folder / "out");
+            CHECK(left.size() == 7); // three pairs, and the bias that the configuration announces
+            CHECK(left.contains("layers.0.q.base_layer.bias"));
+            REQUIRE(run(folder, with(line, {"drop", "--task-type", "FEATURE_EXTRACTION"})).code == 0);
+            CHECK(config_of(folder / "out")["task_type"] == "FEATURE_EXTRACTION");
+            refused(folder, with(line, {"drop", "--task-type", type}), 2, "--modules-to-save drop leaves out");
+        }
+    }
+    auto made = three_layers();
+    made.updates["classifier"] = normal_update<float>(2, 3, 1, 7);
+    taskvec::write_peft(folder / "b", made);
+    for (const auto& line :
+        {std::vector<std::string>{"merge-lora", "--adapter", "b"}, {"convert", "b", "--as", "peft"}}) {
+        refused(folder, with(line, {"--task-type", "SEQ_CLS", "--out", "no"}), 2, "has factors of 'classifier'");
+    }
+}
+
+TEST_CASE("extract-lora keeps the heads of classifiers whole where the task type has PEFT look for them")
+{
+    for (const std::string type : {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}) {
+        CAPTURE(type);
+        const std::string head = type == "QUESTION_ANS" ? "qa_outputs" : type == "SEQ_CLS" ? "score" : "classifier";
+        const scratch folder;
+        write_directories(folder,
+            {{"layers.0.q.weight", tensor(4, 4, 1)}, {head + ".weight", tensor(3, 4, 2)},
+                {head + ".bias", {taskvec::dtype::f32, {3}, {1, 2, 3}}}},
+            R"({"torch_dtype": "float32"})");
+        const auto made = run(folder, with(extract_directory, {"--task-type", type, "--sparse-rest"}));
+        REQUIRE_MESSAGE(made.code == 0, made.err);
+        CHECK(made.err.find("'" + head + ".bias' and what else is of the head are whole") != std::string::npos);
+        CHECK(made.err.find("left out") == std::string::npos);
+        const auto found = read_values(folder / "out" / weights_file),
+                   tuned = read_values(folder / "tuned/model.safetensors");
+        CHECK(found.size() == 4);
+        for (const std::string end : {".weight", ".bias"}) {
+            CHECK(found.at("base_model.model." + head + end).values == tuned.at(head + end).values);
+        }
+        const auto config = config_of(folder / "out");
+        CHECK(config["task_type"] == type);
+        CHECK(config["target_modules"] == nlohmann::json{"layers.0.q"});
+        const auto saved = config["modules_to_save"].get<std::vector<std::string>>();
+        CHECK(std::find(saved.begin(), saved.end(), head) != saved.end());
+        CHECK_FALSE(std::filesystem::exists(folder / "out/rest.delta.safetensors"));
+        check_put_back(folder);
+        // What --exclude leaves out is the base's, and PEFT finds it all the same.
+        REQUIRE(run(folder, with(extract_directory, {"--task-type", type, "--exclude", head})).code == 0);
+        CHECK(read_values(folder / "out" / weights_file).at("base_model.model." + head + ".bias").values
+            == std::vector<float>{1, 2, 3});
+        // A head that the base lacks is the fine-tuned model's.
+        auto base = read_values(folder / "base/model.safetensors");
+        base.erase(head + ".weight");
+        base.erase(head + ".bias");
+        write_values(folder / "base/model.safetensors", base);
+        refused(folder, with({"extract-lora", "--base", "base", "--task", "tuned"}, {"--rank", "1", "--out", "no"}), 1,
+            "is not in 'base'");
+        REQUIRE(run(folder, with(extract_directory, {"--task-type", type})).code == 0);
+        CHECK(read_values(folder / "out" / weights_file).at("base_model.model." + head + ".weight").values
+            == tuned.at(head + ".weight").values);
+    }
+}
+
+TEST_CASE("extract-lora says of the model what an adapter that is the task says, and names what AutoPeftModel lacks")
+{
+    const scratch folder;
+    write_directories(folder, {{"layers.0.q.weight", tensor(4, 4, 1)}}, R"({"torch_dtype": "float32"})");
+    const auto missing = run(folder, extract_directory);
+    REQUIRE(missing.code == 0);
+    CHECK(missing.err.find("names no task type, by which AutoPeftModel loads it: --task-type gives it")
+        != std::string::npos);
+    CHECK(config_of(folder / "out")["base_model_name_or_path"] == "base");
+    adapter given;
+    given.updates["layers.0.q"] = normal_update<float>(4, 4, 2, 5);
+    given.config = {{"task_type", "CAUSAL_LM"}, {"base_model_name_or_path", "of/the-hub"}};
+    taskvec::write_peft(folder / "a", given);
+    for (const std::string base : {"base", "base/model.safetensors"}) {
+        CAPTURE(base);
+        const auto made =
+            run(folder, {"extract-lora", "--base", base, "--task-adapter", "a=0.5", "--rank", "2", "--out", "out"});
+        REQUIRE_MESSAGE(made.code == 0, made.err);
+        CHECK(made.err.find("AutoPeftModel") == std::string::npos);
+        CHECK(config_of(folder / "out")["task_type"] == "CAUSAL_LM");
+        CHECK(config_of(folder / "out")["base_model_name_or_path"] == (base == "base" ? "base" : "of/the-hub"));
+    }
+    REQUIRE(run(folder,
+                {"extract-lora", "--base", "base", "--task-adapter", "a", "--rank", "2", "--task-type",
+                    "FEATURE_EXTRACTION", "--out", "out"})
+                .code
+        == 0);
+    CHECK(config_of(folder / "out")["task_type"] == "FEATURE_EXTRACTION");
+}
+
+TEST_CASE("extract-lora says of experts what PEFT makes of their factors")
+{
+    const auto noted = [](const std::string& type, bool both, bool every, bool shared) {
+        const scratch folder;
+        values_model base{{"model.layers.0.self_attn.q_proj.weight", tensor(8, 8, 9)}};
+        unsigned seed = 1;
+        for (const std::string expert : {"0", "1"}) {
+            for (const std::string kind : {"gate_proj", "up_proj", "down_proj"}) {
+                base["model.layers.0.mlp.experts." + expert + "." + kind + ".weight"] = tensor(8, 8, seed++);
+            }
+        }
+        if (shared) { base["model.layers.0.mlp.shared_experts.up_proj.weight"] = tensor(8, 8, seed++); }
+        write_directories(folder, base, R"({"torch_dtype": "float32", "model_type": ")" + type + "\"}");
+        auto line = extract_directory;
+        if (!both) { line = with(line, {"--exclude", "gate_proj"}); }
+        if (!every) { line = with(line, {"--exclude", "experts\\.1\\."}); }
+        const auto made = run(folder, line);
+        REQUIRE_MESSAGE(made.code == 0, made.err);
+        return made.err;
+    };
+    const auto says = [](const std::string& text, const std::string& what) { return text.find(what) != text.npos; };
+    CHECK(says(noted("qwen3_moe", true, true, false), "PEFT 0.21 joins their factors as it loads the adapter"));
+    CHECK_FALSE(says(noted("qwen3_moe", true, true, false), "does not find"));
+    CHECK(says(noted("qwen3_moe", false, true, false), "only where 'gate_proj' and 'up_proj' are adapted together"));
+    CHECK(says(noted("qwen3_moe", true, false, false), "only where all experts of 'model.layers.0.mlp.experts'"));
+    CHECK(
+        says(noted("glm4_moe", true, true, true), "loses the factors of 'model.layers.0.mlp.shared_experts.up_proj'"));
+    CHECK(says(noted("phimoe", true, true, false), "where PEFT does not find it"));
+    // Layers of which some have a rank above that of the experts.
+    const scratch folder;
+    values_model base{{"model.layers.0.q.weight", tensor(8, 8, 9)}}, tuned;
+    for (const std::string kind : {"w1", "w2", "w3"}) {
+        base["model.layers.0.block_sparse_moe.experts.0." + kind + ".weight"] = tensor(8, 8, 4);
+    }
+    write_directories(folder, base, R"({"torch_dtype": "float32", "model_type": "mixtral"})");
+    tuned = read_values(folder / "tuned/model.safetensors");
+    tuned["model.layers.0.q.weight"] = tensor(8, 8, 33);
+    write_values(folder / "tuned/model.safetensors", tuned);
+    const auto made =
+        run(folder, {"extract-lora", "--base", "base", "--task", "tuned", "--energy", "0.999", "--out", "out"});
+    REQUIRE_MESSAGE(made.code == 0, made.err);
+    CHECK(says(made.err, "only where all are of the adapter's highest rank"));
+}
+
 TEST_CASE("extract-lora leaves routers out where transformers 5 keeps them as parameters, and names them otherwise")
 {
     for (const std::string router : {"model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"}) {

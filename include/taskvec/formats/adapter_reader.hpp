@@ -238,9 +238,11 @@ private:
     /// Takes out what PEFT does nothing with.
     void leave_out()
     {
-        const auto out = modules_left_out(
+        auto out = modules_left_out(
             adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
         for (const auto& module : out) { adapter_.modules.erase(module); }
+        // Of a head that is tied PEFT saves the embedding's factors once more: nothing is lost with them.
+        std::erase_if(out, [&](const auto& module) { return is_tied_head(adapter_.config, module); });
         if (out.empty()) { return; }
         note(left_out_words(adapter_.label, out, modules_.size()));
     }
