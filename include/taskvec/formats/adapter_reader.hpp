@@ -238,8 +238,8 @@ private:
     /// Takes out what PEFT does nothing with.
     void leave_out()
     {
-        const auto out = modules_left_out(
-            adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
+        const auto out = modules_left_out(adapter_.config, config_name_, modules_,
+            [&](const std::string& module) { return !parameters_.of(module).empty(); });
         for (const auto& module : out) { adapter_.modules.erase(module); }
         if (out.empty()) { return; }
         note(left_out_words(adapter_.label, out, modules_.size()));

@@ -6,7 +6,7 @@
 #include <taskvec/adapters/adapter.hpp>
 #include <taskvec/core/overflow.hpp>
 #include <taskvec/formats/checkpoint.hpp>
-#include <taskvec/formats/name_pattern.hpp>
+#include <taskvec/formats/python_pattern.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
 #include <algorithm>
@@ -98,7 +98,7 @@ class peft_patterns {
 public:
     struct pattern {
         std::string key;
-        name_pattern matcher;
+        python_pattern matcher;
         double value = 0;
         bool used = false;
     };
@@ -125,7 +125,7 @@ public:
     {
         bool found = false;
         for (auto& one : patterns_) {
-            if (!one.matcher.matches(module)) { continue; }
+            if (!one.matcher.begins(module)) { continue; }
             one.used = true;
             if (!found) {
                 otherwise = one.value;
@@ -148,21 +148,11 @@ public:
     }
 
 private:
-    static name_pattern compile(const std::string& key, std::string_view field, const std::string& file)
+    static python_pattern compile(const std::string& key, std::string_view field, const std::string& file)
     {
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            return name_pattern("(.*\\.)?(" + key + ")");
-        }
-        catch (const invalid_argument& problem) {
-            raise<format_error>(
-                error_code::adapter_config, message(field, " has the key '", key, "': ", problem.what()), file);
-        }
-#else
-        (void)field;
-        (void)file;
-        return name_pattern("(.*\\.)?(" + key + ")");
-#endif
+        return python_pattern("(.*\\.)?(" + key + ")$",
+            {file, message(field, " has the key '", key, "'"),
+                "write a key for each of the modules that are meant, of their names alone"});
     }
     std::vector<pattern> patterns_;
 };
@@ -301,35 +291,41 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     }
 }
 
-/// Whether a field that names modules names one: by a regular expression of the whole name, or by a list of names and
-/// their dotted ends. Nothing where that cannot be told: the field is absent, empty, of PEFT's own words
-/// ("all-linear"), or an expression that is not understood here.
-[[nodiscard]] inline std::optional<bool> names_module(
-    const peft_fields& fields, const char* field, const std::string& module)
-{
-    const auto* const given = fields.find(field);
-    if (!given || !fields.says_something(field)) { return std::nullopt; }
-    if (given->is_string()) {
-        const auto& text = given->get_ref<const std::string&>();
-        if (text == "all-linear") { return std::nullopt; }
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            return name_pattern(text).matches(module);
-        }
-        catch (const invalid_argument&) { // Python's expressions know more
-            return std::nullopt;
-        }
-#else
-        return name_pattern(text).matches(module);
-#endif
+/// The modules that a field of a configuration names: by a regular expression of the whole name, or by a list of names
+/// and their dotted ends. Throws format_error for expressions that are not understood.
+class named_modules {
+public:
+    /// Refers to the configuration. `file` is where it is, for messages.
+    named_modules(const peft_fields& fields, const char* field, const std::string& file)
+        : given_(fields.says_something(field) ? fields.find(field) : nullptr)
+    {
+        if (!given_ || !given_->is_string()) { return; }
+        const auto& text = given_->get_ref<const std::string&>();
+        auto lower = text;
+        std::transform(lower.begin(), lower.end(), lower.begin(),
+            [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
+        if (lower == "all-linear") { return; }
+        pattern_.emplace(text,
+            python_pattern::complaint{
+                file, message(field, " is '", text, "'"), "write the list of the modules' names in its place"});
     }
-    if (!given->is_array()) { return std::nullopt; }
-    return std::any_of(given->begin(), given->end(), [&](const auto& one) {
-        if (!one.is_string()) { return false; }
-        const auto& name = one.template get_ref<const std::string&>();
-        return module == name || module.ends_with("." + name);
-    });
-}
+    /// Whether a module is one of them. Nothing where that cannot be told: the field is absent, empty, or of PEFT's own
+    /// words ("all-linear").
+    [[nodiscard]] std::optional<bool> contain(const std::string& module) const
+    {
+        if (pattern_) { return pattern_->matches(module); }
+        if (!given_ || !given_->is_array()) { return std::nullopt; }
+        return std::any_of(given_->begin(), given_->end(), [&](const auto& one) {
+            if (!one.is_string()) { return false; }
+            const auto& name = one.template get_ref<const std::string&>();
+            return module == name || module.ends_with("." + name);
+        });
+    }
+
+private:
+    const nlohmann::json* given_;
+    std::optional<python_pattern> pattern_{};
+};
 /// The number of the layer that a module is in, to PEFT: that behind the first of the lists `layers_pattern` names, or,
 /// where it names none, behind whatever comes second in the name.
 [[nodiscard]] inline std::optional<std::int64_t> layer_for_peft(
@@ -362,16 +358,33 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     }
     return std::nullopt;
 }
+/// Refuses a layers_pattern that is more than the names of lists of layers: PEFT has it in an expression of its own.
+inline void check_layers_pattern(const peft_fields& fields, const std::string& file)
+{
+    const auto* const given = fields.find("layers_pattern");
+    if (!given) { return; }
+    for (const auto& one : given->is_array() ? *given : nlohmann::json::array({*given})) {
+        if (!one.is_string()) { continue; }
+        const auto& text = one.get_ref<const std::string&>();
+        if (text.find_first_of("\\^$|?*+()[]{}") == text.npos) { continue; }
+        raise<format_error>(error_code::adapter_config,
+            message("layers_pattern is '", text,
+                "': of regular expressions there, names alone are understood here; write the list's name (\"layers\"), "
+                "or "
+                "the whole names of the modules into target_modules"),
+            file);
+    }
+}
 /// The modules of an adapter's file that PEFT does nothing with, as the configuration leaves them out: by
 /// exclude_modules, by target_modules that do not name them, or by layers_to_transform. `is_parameter(module)`: those
 /// of target_parameters are none of these. Empty where target_modules names none at all: the names are then another
-/// model's, and PEFT loads nothing of it.
+/// model's, and PEFT loads nothing of it. Throws format_error for expressions that are not understood, of `file`.
 template <class IsParameter>
-[[nodiscard]] std::vector<std::string> modules_left_out(
-    const nlohmann::json& config, const std::vector<std::string>& modules, const IsParameter& is_parameter)
+[[nodiscard]] std::vector<std::string> modules_left_out(const nlohmann::json& config, const std::string& file,
+    const std::vector<std::string>& modules, const IsParameter& is_parameter)
 {
-    const std::string nowhere;
-    const peft_fields fields(config, nowhere);
+    const peft_fields fields(config, file);
+    const named_modules named(fields, "target_modules", file), excluded(fields, "exclude_modules", file);
     std::set<std::int64_t> layers;
     if (const auto* const given = fields.find("layers_to_transform")) {
         const auto add = [&](const nlohmann::json& one) {
@@ -382,15 +395,15 @@ template <class IsParameter>
             add(*given);
         }
     }
+    if (!layers.empty()) { check_layers_pattern(fields, file); }
     const auto* const targets = fields.find("target_modules");
     std::vector<std::string> out;
     bool any = false;
     for (const auto& module : modules) {
         if (is_parameter(module)) { continue; }
-        const auto named = names_module(fields, "target_modules", module);
-        bool in = named.value_or(true);
+        bool in = named.contain(module).value_or(true);
         any = any || in;
-        if (names_module(fields, "exclude_modules", module).value_or(false)) { in = false; }
+        if (excluded.contain(module).value_or(false)) { in = false; }
         const bool by_whole_name =
             targets && targets->is_array() && std::find(targets->begin(), targets->end(), module) != targets->end();
         const bool by_list = !targets || targets->is_array();
@@ -686,7 +699,7 @@ template <arithmetic_element T = float>
     alphas.check_used("alpha_pattern", config_file);
     std::vector<std::string> modules;
     for (const auto& one : pairs) { modules.push_back(one.first); }
-    const auto out = detail::modules_left_out(adapter.config, modules, [](const auto&) { return false; });
+    const auto out = detail::modules_left_out(adapter.config, config_file, modules, [](const auto&) { return false; });
     if (!out.empty()) {
         adapter.notes.push_back(detail::left_out_words("'" + adapter.label + "'", out, modules.size()));
     }
