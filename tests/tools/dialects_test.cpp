@@ -843,6 +843,38 @@ TEST_CASE("keys of alpha_pattern are Python's expressions")
         "matches no module of the adapter");
 }
 
+TEST_CASE("kinds of adapters that are not read are refused by name, whatever their tensors are called")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", {{"layers.0.q.weight", random_tensor({6, 6}, 1)}});
+    const auto refused_as = [&](const std::string& kind, const values_model& tensors, const std::string& words) {
+        CAPTURE(kind);
+        write_text(folder / "a/adapter_config.json", nlohmann::json{{"peft_type", kind}}.dump());
+        write_values(folder / "a/adapter_model.safetensors", tensors);
+        for (const auto& line : {std::vector<std::string>{
+                                     "fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"},
+                 std::vector<std::string>{"convert", "a", "--as", "kohya", "--out", "no.safetensors"},
+                 std::vector<std::string>{"merge-lora", "--adapter", "a", "--out", "no"}}) {
+            refused(folder, line, 1, "adapter_config.json: peft_type " + kind + ": ");
+            const auto said = run(folder, line).err;
+            CHECK(said.find(words) != std::string::npos);
+            const bool merged_by_peft = words.find("with PEFT and") != std::string::npos || words == "another kind";
+            CHECK((said.find("fold it into its base") != std::string::npos) == merged_by_peft);
+        }
+    };
+    const auto x = random_tensor({2, 6}, 2);
+    const std::string q = "base_model.model.layers.0.q.";
+    refused_as("VERA", {{q + "vera_lambda_b", x}, {"base_model.vera_A", x}}, "another kind");
+    refused_as("OFT", {{q + "oft_R.weight", x}}, "another kind");
+    refused_as("PVERA", {{q + "pvera_lambda_b", x}, {"base_model.pvera_A", x}}, "another kind");
+    refused_as("NEW_KIND", {{"new", x}}, "another kind");
+    for (const std::string kind : {"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE"}) {
+        refused_as(kind, {{"prompt_embeddings", x}}, "changes no weight");
+    }
+    refused_as("MULTITASK_PROMPT_TUNING", {{"prefix_task_cols", x}}, "changes no weight");
+    refused_as("XLORA", {{q + "lora_A.weight", x}}, "depends on the input");
+}
+
 TEST_CASE("convert tells the parts of pipelines apart by names, and says what it takes for granted")
 {
     const scratch folder;

@@ -259,6 +259,25 @@ inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_
         {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
         {"monteclora_config", "its factors are random variables"}}};
 
+/// Why no change of weights stands for an adapter of a kind, and what to do with one; empty: PEFT makes one, by
+/// merge_and_unload().
+[[nodiscard]] inline std::string_view unmergeable_kind(std::string_view type) noexcept
+{
+    for (const std::string_view kind :
+        {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}) {
+        if (type == kind) {
+            return "it is learnt input and changes no weight, so that there is nothing to fold, extract or merge; load "
+                   "it beside its base with PEFT (PeftModel.from_pretrained)";
+        }
+    }
+    for (const std::string_view kind : {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}) {
+        if (type == kind) {
+            return "what it does depends on the input, so that no change of weights stands for it; "
+                   "load it beside its base with PEFT (PeftModel.from_pretrained)";
+        }
+    }
+    return {};
+}
 /// The kind of adapter that a configuration names; LORA where it names none.
 [[nodiscard]] inline std::string peft_type_of(const nlohmann::json& config)
 {
@@ -445,6 +464,9 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
         const bool convertible = *type == "ADALORA" || *type == "LOHA" || *type == "LOKR";
         const auto what = "peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type));
         if (convertible) { refuse_to(options.convert_word, what, "another kind of adapter"); }
+        if (const auto why = unmergeable_kind(peft_type_of(config)); !why.empty()) {
+            raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why), file);
+        }
         refuse(what, "another kind of adapter");
     }
 
