@@ -273,3 +273,26 @@ TEST_CASE("text encoders of a single file take their adapters, fused projections
     refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors", "--quiet"}, 1,
         "is several modules' weight, whose biases are one tensor");
 }
+
+TEST_CASE("an adapter in PEFT's names behind a single file's prefix folds into diffusers' model")
+{
+    const scratch folder;
+    values_model base, expected, tensors, words;
+    for (const auto& one : unet_modules) {
+        base[one.diffusers + ".weight"] = single_file().at(unet_prefix + one.single + ".weight");
+        expected[one.diffusers + ".weight"] = added(base.at(one.diffusers + ".weight"), down_of(one), up_of(one), 1);
+        tensors[unet_prefix + one.single + ".lora_A.weight"] = down_of(one);
+        tensors[unet_prefix + one.single + ".lora_B.weight"] = up_of(one);
+        words["diffusion_model." + one.single + ".lora_down.weight"] = down_of(one);
+        words["diffusion_model." + one.single + ".lora_up.weight"] = up_of(one);
+    }
+    base["up_blocks.1.attentions.0.norm.weight"] = single_file().at(unet_prefix + "output_blocks.3.1.norm.weight");
+    expected["up_blocks.1.attentions.0.norm.weight"] = base.at("up_blocks.1.attentions.0.norm.weight");
+    write_values(folder / "base.safetensors", base);
+    write_adapter_as(folder / "a", tensors, {{"lora_alpha", 2}});
+    succeed(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "out.safetensors"});
+    CHECK(same(read_values(folder / "out.safetensors"), expected));
+    write_values(folder / "a.safetensors", words);
+    succeed(folder, fuse_it);
+    CHECK(same(read_values(folder / "out.safetensors"), expected));
+}

@@ -136,6 +136,30 @@ struct prefix_meaning {
     return !here.numbered && !there.numbered && here.towers == there.towers;
 }
 
+/// The modules of a base that a name with underscores ends in, behind something that tells no layer or tower and goes
+/// into `off`: transformers 5 saves a CLIPTextModel without the "text_model." that it has before its names elsewhere.
+/// `names` are the base's, each with underscores and as it is.
+[[nodiscard]] inline std::vector<std::string> behind_underscores(
+    std::string_view key, const std::vector<std::pair<std::string, std::string>>& names, std::string& off)
+{
+    std::vector<std::string> found;
+    std::size_t longest = 0;
+    for (const auto& [underscored, name] : names) {
+        const bool ends = key.size() > underscored.size() && key.ends_with(underscored)
+            && key[key.size() - underscored.size() - 1] == '_';
+        if (!ends || underscored.size() < longest || name.find('.') == name.npos) { continue; }
+        if (underscored.size() > longest) { found.clear(); }
+        longest = underscored.size();
+        found.push_back(name);
+    }
+    if (found.empty()) { return found; }
+    off = std::string(key.substr(0, key.size() - longest));
+    auto dotted = off;
+    std::replace(dotted.begin(), dotted.end(), '_', '.');
+    if (!may_replace(dotted, "")) { found.clear(); }
+    return found;
+}
+
 /// match_modules() of names that no wrapper has changed.
 [[nodiscard]] inline module_match match_plain_modules(
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
@@ -204,19 +228,21 @@ struct prefix_meaning {
                     ending.push_back(name);
                 }
             }
+            std::string off;
+            const bool flat = module.find('.') == module.npos;
+            if (flat && whole.empty() && ending.empty()) { whole = detail::behind_underscores(key, names, off); }
             const auto& found = whole.empty() ? ending : whole;
             if (found.size() == 1) {
                 match.tensors.emplace(module, found[0] + std::string(suffix));
                 change(with_dots);
+                if (!off.empty()) { change("'" + off + "' taken off"); }
             }
             else {
                 if (!found.empty()) { match.doubtful[module] = found; }
                 still.push_back(module);
             }
         }
-        match.unmatched = std::move(still);
-        match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
-        return match;
+        left = std::move(still); // ComfyUI's have dots, and prefixes
     }
     // diffusers: components, processors, and the list that to_out is
     std::vector<std::string> still;
