@@ -6,6 +6,7 @@
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/formats/adapter_file.hpp>
 #include <taskvec/formats/diffusion_names.hpp>
+#include <taskvec/formats/flux_names.hpp>
 #include <taskvec/formats/mlx_settings.hpp>
 
 #include <algorithm>
@@ -718,6 +719,17 @@ template <arithmetic_element T>
 
 } // namespace detail
 
+/// What messages say behind "use the base that it was trained on" of a module that no base's is: models of images have
+/// other names, and other tensors, in single files and in diffusers. Empty for other models' modules.
+///
+///     form_of_base("lora_unet_double_blocks_0_img_attn_qkv") // ", in the form whose names …"
+[[nodiscard]] inline std::string_view form_of_base(std::string_view module) noexcept
+{
+    const bool of_images = !detail::kohya_component_of(module).prefix.empty()
+        || module.starts_with(detail::single_file_unet) || module.starts_with(detail::comfyui_unet);
+    return of_images ? ", in the form whose names it has (a single file, or diffusers')" : "";
+}
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
 /// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
 /// others do not deny it.
@@ -739,7 +751,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                 base.find(module + ".in_proj_weight")
                     ? message(", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: ",
                           detail::fold_with_peft)
-                    : message(": use the base that it was trained on, ",
+                    : message(": use the base that it was trained on", form_of_base(module), ", ",
                           traits.renaming.empty() ? ""
                                                   : message("say what it is called there (", traits.renaming, "), "),
                           "or leave such modules out")));
