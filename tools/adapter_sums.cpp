@@ -316,6 +316,7 @@ void adapter_sum::add(
     for (const auto& text : read.notes) { note(run, text); }
     restore_rows(read, how.base_path);
     taskvec::split_experts(read, base_);
+    translate_flux(read, base_, run);
     if (const auto rules = how.names.find(argument.text); rules != how.names.end()) {
         rename_modules(read, rules->second, run);
     }

@@ -22,6 +22,16 @@ namespace tool {
 
 /// An adapter's file of tensors, in any dialect, with its map known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_adapter(const fs::path& path);
+/// taskvec::split_flux(), with a note.
+template <class T>
+void translate_flux(taskvec::adapter_contents<T>& adapter, const taskvec::const_model_ref& base, const run_options& run)
+{
+    const auto count = taskvec::split_flux(adapter, base);
+    if (count == 0) { return; }
+    note(run,
+        taskvec::message(adapter.label, " has ", count, count == 1 ? " module" : " modules",
+            " under the names of FLUX's authors: translated to the base's, diffusers'"));
+}
 /// Puts rows back that a GGUF adapter holds in llama.cpp's order, by the heads that the config.json beside the base
 /// counts. Throws where that is another family's, or does not say.
 template <class T>

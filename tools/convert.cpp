@@ -54,11 +54,12 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
 {
     const auto base = tool::open_noted(given.base, given.run, given.index);
     taskvec::split_experts(adapter, base.model());
+    tool::translate_flux(adapter, base.model(), given.run);
     const auto match = taskvec::match_modules(adapter, base.model());
     if (!match.unmatched.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
             taskvec::message("module '", match.unmatched.front(), "' of ", adapter.label, " is no module of '",
-                given.base, "': give the base that it was trained on"));
+                given.base, "': give the base that it was trained on", taskvec::form_of_base(match.unmatched.front())));
     }
     std::map<std::string, taskvec::adapted_module<T>> renamed;
     std::size_t translated = 0;

@@ -12585,214 +12585,586 @@ private:
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
 
-// ---- taskvec/formats/name_pattern.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP)
-#define TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
-// Regular expressions over tensor names. Both may come from files, so neither may cost more than it says.
+// ---- taskvec/formats/python_pattern.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PYTHON_PATTERN_HPP)
+#define TASKVEC_SINGLE_FORMATS_PYTHON_PATTERN_HPP
+// Python's regular expressions over names of modules, which PEFT's configurations hold.
 // SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>
 #include <cstddef>
-#include <iterator>
-#include <regex>
+#include <cstdint>
+#include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
-/// can, without backtracking: no pattern takes exponential time and no name exhausts the stack; back-references are
-/// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
-/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`, and then this is at most
-/// 40 million: counted repeats such as `x{3}` are written out, and a pattern may have at most 2,000 characters and
-/// groups that way; a count has at most four digits; a look-ahead holds no other.
+namespace detail {
+
+/// A regular expression with the syntax and the meaning of Python's `re`, matched against names of modules: by the set
+/// of all places that a part of it can end at, so that nothing is tried twice. Not understood, and refused: what
+/// depends on what was matched before (back-references, conditions), what gives up matches (atomic groups, possessive
+/// repeats), verbose expressions, characters by name; beyond ASCII, classes such as `\w` and (?i). Expressions have
+/// at most 1,000 bytes, names at most 4,096, and a match takes at most a million steps.
 ///
-///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
-///     bool in = pattern.occurs_in("model.layers.3.weight");
-class name_pattern {
+///     const python_pattern pattern("(?i:q)_proj\\Z", {file, "target_modules is '…'", "list the names instead"});
+///     pattern.matches("Q_proj"); // as re.fullmatch()
+class python_pattern {
 public:
-    /// Bytes of a pattern, bytes of a name, and characters of a pattern with its counted repeats written out.
-    static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
-    /// Characters of a pattern with look-aheads, written out, times the square of a name's bytes.
-    static constexpr std::size_t most_looks_ahead = 40'000'000;
+    /// How a refusal is said: "FILE: SUBJECT: why; MEND".
+    struct complaint {
+        std::string file{}, subject{}, mend{};
+    };
+    static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, most_steps = 1'000'000;
 
-    /// Throws invalid_argument for text that is not a regular expression, saying why.
-    explicit name_pattern(const std::string& text)
+    /// Throws format_error for what is not understood here, or is no expression to Python.
+    python_pattern(const std::string& text, complaint words)
+        : words_(std::move(words))
     {
+        constexpr std::size_t most_shown = 200;
+        if (words_.subject.size() > most_shown) { words_.subject = words_.subject.substr(0, most_shown) + "…'"; }
         if (text.size() > longest_pattern) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
+            refuse("it has ", text.size(), " bytes, and at most ", longest_pattern, " are read");
         }
-        check_budget(text);
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            compile(text);
-        }
-        catch (const std::regex_error& problem) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
-        }
-#else
-        compile(text);
-#endif
+        text_ = decoded(text);
+        flags all;
+        alternatives_ = read_alternatives(all, 0);
+        if (at_ < text_.size()) { refuse_as_python("it has a ')' without a '('"); }
+        if (needs_ascii_) { check_ascii(text_, "it"); }
     }
-
-    /// Whether the whole name matches. Throws invalid_argument for a name that is too long.
+    /// As re.fullmatch(): whether the whole name matches. Throws format_error for a name that takes too long.
     [[nodiscard]] bool matches(std::string_view name) const
     {
-        return std::regex_match(checked(name).begin(), name.end(), expression_);
+        const auto ends = ends_in(name);
+        return !ends.first.empty() && ends.first.back() == ends.second;
     }
-    /// Whether a part of the name matches. Throws like matches().
-    [[nodiscard]] bool occurs_in(std::string_view name) const
-    {
-#if defined(__GLIBCXX__)
-        return std::regex_match(checked(name).begin(), name.end(), within_);
-#else
-        return std::regex_search(checked(name).begin(), name.end(), expression_);
-#endif
-    }
-    /// The name with each match replaced; `$1` stands for a group, `$&` for the match, as in ECMAScript. Throws like
-    /// matches(). What groups hold is kept for this alone, and costs more than matching: not for hostile patterns.
-    [[nodiscard]] std::string replaced_in(std::string_view name, const std::string& replacement) const
-    {
-        std::string result;
-        std::regex_replace(
-            std::back_inserter(result), checked(name).begin(), name.end(), std::regex(text_, flags), replacement);
-        return result;
-    }
+    /// As re.match(): whether something that the name begins with matches. Throws like matches().
+    [[nodiscard]] bool begins(std::string_view name) const { return !ends_in(name).first.empty(); }
 
 private:
-#if defined(__GLIBCXX__)
-    static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize | std::regex_constants::__polynomial;
-#else
-    static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize;
-#endif
-    void compile(const std::string& text)
+    static constexpr std::size_t unlimited = std::numeric_limits<std::size_t>::max();
+    struct flags {
+        bool any_case = false, dot_all = false, lines = false;
+    };
+    struct part;
+    using sequence = std::vector<part>;
+    using places = std::vector<std::size_t>; // ascending
+    using ranges = std::vector<std::pair<char32_t, char32_t>>;
+    struct part {
+        enum what {
+            character,
+            group,
+            repeat,
+            ahead,
+            behind,
+            start,
+            line_start,
+            text_end,
+            end,
+            line_end,
+            word_edge
+        } kind = character;
+        bool negated = false, any_case = false;
+        ranges of{}; ///< the characters
+        std::vector<sequence> inner{}; ///< of groups and looks: alternatives; of a repeat: what it repeats
+        std::size_t least = 0, most = 0; ///< of a repeat: counts; of a look-behind: the width
+    };
+    /// How many characters something is wide.
+    struct width {
+        std::size_t least = 0, most = 0;
+    };
+
+    template <class... Parts>
+    [[noreturn]] void refuse(const Parts&... parts) const
     {
-        expression_ = std::regex(text, flags | std::regex::nosubs);
-#if defined(__GLIBCXX__)
-        // A search would begin anew at every character of the name; this is one walk over it.
-        within_ = std::regex("[^]*(?:" + text + ")[^]*", flags | std::regex::nosubs);
-#endif
-        text_ = text;
+        raise<format_error>(error_code::adapter_config,
+            message(words_.subject, ": ", message(parts...), "; ", words_.mend), words_.file);
+    }
+    template <class... Parts>
+    [[noreturn]] void refuse_as_python(const Parts&... parts) const
+    {
+        refuse("no regular expression to Python: ", parts...);
+    }
+    [[noreturn]] void refuse_unknown(std::string_view what) const { refuse("it has ", what, ", not understood here"); }
+
+    /// The characters of UTF-8; bytes that are none as they are.
+    static std::u32string decoded(std::string_view text)
+    {
+        std::u32string result;
+        for (std::size_t at = 0; at < text.size();) {
+            const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+            const unsigned char first = byte(at);
+            const std::size_t more = first >= 0xF0 && first < 0xF8 ? 3
+                : first >= 0xE0 && first < 0xF0                    ? 2
+                : first >= 0xC0 && first < 0xE0                    ? 1
+                                                                   : 0;
+            std::uint32_t value = more == 0 ? first : static_cast<std::uint32_t>(first & (0x3F >> more));
+            std::size_t i = 1;
+            for (; i <= more && at + i < text.size() && (byte(at + i) & 0xC0) == 0x80; ++i) {
+                value = value * 64 + (byte(at + i) & 0x3F);
+            }
+            const bool whole = i == more + 1;
+            result += static_cast<char32_t>(whole ? value : first);
+            at += whole ? more + 1 : 1;
+        }
+        return result;
+    }
+    void check_ascii(std::u32string_view text, std::string_view what) const
+    {
+        if (std::any_of(text.begin(), text.end(), [](char32_t c) { return c > 127; })) {
+            refuse(what, " has characters beyond ASCII, of which \\d, \\s, \\w, \\b and (?i) are not understood here");
+        }
     }
 
-    /// Refuses what would take long. What is no pattern passes; the parser refuses it afterwards.
-    void check_budget(std::string_view text)
+    [[nodiscard]] bool next_is(std::u32string_view text) const
     {
-        struct group {
-            std::size_t size = 0; ///< with the repeats written out; never more than what is too large
-            bool looks_ahead = false;
-        };
-        constexpr std::size_t too_large = largest_expansion + 1;
-        std::vector<group> open{{}}; // outermost first
-        std::size_t last = 0; // the size of what a repeat would repeat
-        bool fits = true, nested = false, refers_back = false;
-        const auto grow = [&](std::size_t size) { open.back().size = std::min(open.back().size + size, too_large); };
-        const auto add = [&](std::size_t size) {
-            last = size;
-            grow(size);
-        };
-        for (std::size_t at = 0; at < text.size(); ++at) {
-            const char c = text[at];
-            if (c == '\\') {
-                // Parsers compute the number of a back-reference without looking whether it fits their integers.
-                ++at;
-                refers_back = refers_back || (at < text.size() && text[at] >= '1' && text[at] <= '9');
-                add(1);
-            }
-            else if (c == '[') {
-                at = end_of_class(text, at + 1);
-                add(1);
-            }
-            else if (c == '(') {
-                const auto kind = text.substr(at + 1, 2);
-                const bool looks = kind == "?=" || kind == "?!";
-                nested = nested || (looks && open.back().looks_ahead);
-                looks_ahead_ = looks_ahead_ || looks;
-                open.push_back({1, looks || open.back().looks_ahead});
-            }
-            else if (c == ')' && open.size() > 1) {
-                const auto inner = open.back().size;
-                open.pop_back();
-                add(inner);
-            }
-            else if (c == '{') {
-                std::size_t most = 0, value = 0, digits = 0;
-                for (++at; at < text.size() && text[at] != '}'; ++at) {
-                    if (text[at] < '0' || text[at] > '9') {
-                        value = digits = 0;
-                        continue;
-                    }
-                    fits = fits && ++digits <= 4;
-                    value = std::min<std::size_t>(10 * value + static_cast<std::size_t>(text[at] - '0'), 10'000);
-                    most = std::max(most, value);
-                }
-                if (most > 1) {
-                    grow(std::min(last * (most - 1), too_large));
-                    last = std::min(last * most, too_large);
-                }
-            }
-            else {
-                add(1);
-            }
-        }
-        if (refers_back) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("'", text, "' has a back-reference such as '\\1': write out what it refers to"));
-        }
-        std::size_t total = 0;
-        for (const auto& part : open) { total += part.size; }
-        if (!fits || total > largest_expansion) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("'", text, "' has more than ", largest_expansion,
-                    " characters and groups once its counted repeats are written out: use smaller counts, '*' or '+'"));
-        }
-        expansion_ = total;
-        if (nested) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("'", text, "' has a look-ahead within a look-ahead: write one after the other"));
-        }
+        return std::u32string_view(text_).substr(at_).starts_with(text);
     }
-    /// Where the `]` is that ends the class whose inside begins at `at`.
-    static std::size_t end_of_class(std::string_view text, std::size_t at)
+    bool take(std::u32string_view text)
     {
-        for (; at < text.size() && text[at] != ']'; ++at) {
-            if (text[at] == '\\') { ++at; }
-            else if (text[at] == '[' && at + 1 < text.size()
-                && std::string_view(".:=").find(text[at + 1]) != std::string_view::npos) {
-                at = std::min(text.find(text[at + 1], at + 2), text.size() - 1) + 1; // [:alpha:], [.hyphen.], [=a=]
+        if (!next_is(text)) { return false; }
+        at_ += text.size();
+        return true;
+    }
+    static bool is_digit(char32_t c) { return c >= U'0' && c <= U'9'; }
+    static bool is_word(char32_t c)
+    {
+        return is_digit(c) || c == U'_' || (c >= U'a' && c <= U'z') || (c >= U'A' && c <= U'Z');
+    }
+
+    std::vector<sequence> read_alternatives(flags& on, std::size_t depth)
+    {
+        std::vector<sequence> all;
+        do {
+            all.push_back(read_sequence(on, depth, depth == 0 && all.empty()));
+        } while (take(U"|"));
+        return all;
+    }
+    /// `first`: flags for the whole expression may stand here.
+    sequence read_sequence(flags& on, std::size_t depth, bool first)
+    {
+        sequence parts;
+        while (at_ < text_.size() && !next_is(U"|") && !next_is(U")")) {
+            if (take(U"(")) {
+                read_group(parts, on, depth, first);
+                continue;
+            }
+            if (read_repeat(parts)) { continue; }
+            const char32_t c = text_[at_++];
+            switch (c) {
+            case U'.':
+                parts.push_back(on.dot_all ? made(part::character, true) : one_of({{U'\n', U'\n'}}, true, false));
+                break;
+            case U'^': parts.push_back(made(on.lines ? part::line_start : part::start)); break;
+            case U'$': parts.push_back(made(on.lines ? part::line_end : part::end)); break;
+            case U'[': parts.push_back(read_class(on)); break;
+            case U'\\': parts.push_back(read_escape(on)); break;
+            default: parts.push_back(one_of({{c, c}}, false, on.any_case));
             }
         }
-        return at;
+        return parts;
     }
-    [[nodiscard]] std::string_view checked(std::string_view name) const
+    static part made(part::what kind, bool negated = false)
+    {
+        part one;
+        one.kind = kind;
+        one.negated = negated;
+        return one;
+    }
+    part one_of(ranges of, bool negated, bool any_case)
+    {
+        part one;
+        one.of = std::move(of);
+        one.negated = negated;
+        one.any_case = any_case;
+        needs_ascii_ = needs_ascii_ || any_case;
+        return one;
+    }
+    /// Behind the parenthesis.
+    void read_group(sequence& parts, flags& outer, std::size_t depth, bool first)
+    {
+        flags on = outer;
+        part one = made(part::group);
+        if (take(U"?")) {
+            if (take(U"#")) {
+                const auto close = text_.find(U')', at_);
+                if (close == text_.npos) { refuse_as_python("a comment in it does not end"); }
+                at_ = close + 1;
+                return;
+            }
+            if (take(U"P<")) {
+                const auto close = text_.find(U'>', at_);
+                if (close == text_.npos || close == at_) { refuse_as_python("a group in it has no name"); }
+                at_ = close + 1;
+            }
+            else if (take(U"=") || take(U"!")) {
+                one = made(part::ahead, text_[at_ - 1] == U'!');
+            }
+            else if (take(U"<=") || take(U"<!")) {
+                one = made(part::behind, text_[at_ - 1] == U'!');
+            }
+            else if (next_is(U"P=")) {
+                refuse_unknown("a back-reference ('(?P=')");
+            }
+            else if (next_is(U"(")) {
+                refuse_unknown("a condition ('(?(')");
+            }
+            else if (next_is(U">")) {
+                refuse_unknown("an atomic group ('(?>')");
+            }
+            else if (read_flags(on)) {
+                if (!first || !parts.empty()) {
+                    refuse_as_python("flags of the whole are not at its beginning (those of a part are '(?i:…)')");
+                }
+                outer = on;
+                return;
+            }
+        }
+        one.inner = read_alternatives(on, depth + 1);
+        if (!take(U")")) { refuse_as_python("it has a '(' without a ')'"); }
+        if (one.kind == part::behind) {
+            const auto wide = width_of(one.inner);
+            if (wide.least != wide.most) { refuse_as_python("what a look-behind sees has no fixed width"); }
+            one.least = wide.least;
+        }
+        parts.push_back(std::move(one));
+    }
+    /// Behind "(?": whether these are of the whole expression ("i)"), and not of a group ("i:", "-i:", ":").
+    bool read_flags(flags& on)
+    {
+        bool value = true, any = false;
+        for (; at_ < text_.size(); ++at_) {
+            const char32_t c = text_[at_];
+            if (c == U':' || (c == U')' && value && any)) {
+                ++at_;
+                return c == U')';
+            }
+            if (c == U'-' && value) { value = false; }
+            else if (c == U'i') {
+                on.any_case = value;
+            }
+            else if (c == U's') {
+                on.dot_all = value;
+            }
+            else if (c == U'm') {
+                on.lines = value;
+            }
+            else if (c == U'x') {
+                refuse_unknown("the flag x (verbose)");
+            }
+            else if (!value || (c != U'a' && c != U'u')) { // which change nothing of ASCII
+                break;
+            }
+            any = true;
+        }
+        refuse_as_python("it has a '(?' that begins nothing");
+    }
+    /// A count behind what the last part is; false: none is here.
+    bool read_repeat(sequence& parts)
+    {
+        const auto before = at_;
+        std::size_t least = 0, most = unlimited;
+        if (take(U"*")) { }
+        else if (take(U"+")) {
+            least = 1;
+        }
+        else if (take(U"?")) {
+            most = 1;
+        }
+        else if (take(U"{")) {
+            const auto count = [&](std::size_t otherwise) {
+                if (at_ >= text_.size() || !is_digit(text_[at_])) { return otherwise; }
+                std::size_t value = 0;
+                for (; at_ < text_.size() && is_digit(text_[at_]); ++at_) {
+                    value = std::min<std::size_t>(10 * value + (text_[at_] - U'0'), 1'000'000'000);
+                }
+                return value;
+            };
+            const bool empty = next_is(U"}"), numbered = at_ < text_.size() && is_digit(text_[at_]);
+            least = count(0);
+            most = take(U",") ? count(unlimited) : numbered ? least : unlimited;
+            if (empty || !take(U"}")) { // it stands for itself
+                at_ = before;
+                return false;
+            }
+            if (most < least) { refuse_as_python("it has a repeat whose counts are the wrong way round"); }
+        }
+        else {
+            return false;
+        }
+        if (parts.empty() || (parts.back().kind >= part::start && parts.back().kind <= part::word_edge)) {
+            refuse_as_python("it repeats nothing");
+        }
+        if (parts.back().kind == part::repeat) { refuse_as_python("it repeats a repeat"); }
+        if (take(U"+")) { refuse_unknown("a possessive repeat ('*+', '++', '?+' or '}+')"); }
+        (void)take(U"?"); // of what a name matches, how much is tried first changes nothing
+        part one = made(part::repeat);
+        one.least = least;
+        one.most = most;
+        sequence repeated;
+        repeated.push_back(std::move(parts.back()));
+        one.inner.push_back(std::move(repeated));
+        parts.back() = std::move(one);
+        return true;
+    }
+
+    /// The characters of \d, \s, \w and their opposites; nothing: it is none of these letters.
+    std::optional<ranges> class_of(char32_t letter)
+    {
+        ranges found;
+        switch (letter) {
+        case U'd':
+        case U'D': found = {{U'0', U'9'}}; break;
+        case U's':
+        case U'S': found = {{U'\t', U'\r'}, {0x1C, U' '}}; break;
+        case U'w':
+        case U'W': found = {{U'0', U'9'}, {U'A', U'Z'}, {U'_', U'_'}, {U'a', U'z'}}; break;
+        default: return std::nullopt;
+        }
+        needs_ascii_ = true;
+        if (letter >= U'a') { return found; }
+        ranges others;
+        char32_t from = 0;
+        for (const auto& [low, high] : found) {
+            if (low > from) { others.emplace_back(from, low - 1); }
+            from = high + 1;
+        }
+        others.emplace_back(from, 0x10FFFF);
+        return others;
+    }
+    /// The character that an escape means, behind its backslash, but for classes and edges.
+    char32_t read_escaped(bool in_class)
+    {
+        const char32_t c = text_[at_++];
+        switch (c) {
+        case U'a': return U'\a';
+        case U'f': return U'\f';
+        case U'n': return U'\n';
+        case U'r': return U'\r';
+        case U't': return U'\t';
+        case U'v': return U'\v';
+        case U'x': return read_number(2, 16);
+        case U'u': return read_number(4, 16);
+        case U'U': return read_number(8, 16);
+        default: break;
+        }
+        if (c == U'b' && in_class) { return U'\b'; }
+        if (is_digit(c)) {
+            std::size_t digits = 0; // of an octal number: three, or fewer behind a 0 or in a class
+            while (digits < 3 && at_ - 1 + digits < text_.size() && text_[at_ - 1 + digits] >= U'0'
+                && text_[at_ - 1 + digits] <= U'7') {
+                ++digits;
+            }
+            if (digits == 0 || (c != U'0' && !in_class && digits < 3)) { refuse_unknown("a back-reference ('\\1')"); }
+            --at_;
+            return read_number(digits, 8);
+        }
+        if (c == U'N') { refuse_unknown("a character by its name ('\\N')"); }
+        if ((c >= U'a' && c <= U'z') || (c >= U'A' && c <= U'Z')) {
+            refuse_as_python("it has a '\\", static_cast<char>(c), "' that means nothing");
+        }
+        return c;
+    }
+    char32_t read_number(std::size_t digits, std::uint32_t radix)
+    {
+        std::uint32_t value = 0;
+        for (std::size_t i = 0; i < digits; ++i, ++at_) {
+            const char32_t c = at_ < text_.size() ? text_[at_] : U'.';
+            const std::uint32_t digit = is_digit(c) ? c - U'0'
+                : c >= U'a' && c <= U'f'            ? c - U'a' + 10
+                : c >= U'A' && c <= U'F'            ? c - U'A' + 10
+                                                    : radix;
+            if (digit >= radix) { refuse_as_python("it has an escape with too few digits"); }
+            value = value * radix + digit;
+        }
+        if (value > 0x10FFFF) { refuse_as_python("it has a number of no character"); }
+        return value;
+    }
+    part read_escape(const flags& on)
+    {
+        if (at_ >= text_.size()) { refuse_as_python("it ends in a backslash"); }
+        const char32_t c = text_[at_];
+        if (auto found = class_of(c)) {
+            ++at_;
+            return one_of(*std::move(found), false, false);
+        }
+        const bool edge = c == U'b' || c == U'B';
+        if (!edge && c != U'A' && c != U'Z' && c != U'z') {
+            const char32_t literal = read_escaped(false);
+            return one_of({{literal, literal}}, false, on.any_case);
+        }
+        ++at_;
+        needs_ascii_ = needs_ascii_ || edge;
+        return edge ? made(part::word_edge, c == U'B') : made(c == U'A' ? part::start : part::text_end);
+    }
+    /// Behind the bracket.
+    part read_class(const flags& on)
+    {
+        ranges found;
+        const bool negated = take(U"^");
+        const auto one = [&](ranges& all) -> std::optional<char32_t> { // nothing: it was a class, and is in `all`
+            if (!take(U"\\")) { return text_[at_++]; }
+            if (at_ >= text_.size()) { refuse_as_python("it ends in a backslash"); }
+            const auto several = class_of(text_[at_]);
+            if (!several) { return read_escaped(true); }
+            ++at_;
+            all.insert(all.end(), several->begin(), several->end());
+            return std::nullopt;
+        };
+        for (bool first = true; first || !next_is(U"]"); first = false) {
+            if (at_ >= text_.size()) { refuse_as_python("it has a '[' without a ']'"); }
+            const auto low = one(found);
+            if (!next_is(U"-") || at_ + 1 >= text_.size() || text_[at_ + 1] == U']') {
+                if (low) { found.emplace_back(*low, *low); }
+                continue;
+            }
+            ++at_;
+            const auto high = one(found);
+            if (!low || !high || *high < *low) { refuse_as_python("it has a range in '[…]' that is none"); }
+            found.emplace_back(*low, *high);
+        }
+        ++at_;
+        return one_of(std::move(found), negated, on.any_case);
+    }
+
+    static std::size_t product(std::size_t a, std::size_t b)
+    {
+        return a == 0 || b == 0 ? 0 : a > unlimited / b ? unlimited : a * b;
+    }
+    static width width_of(const std::vector<sequence>& alternatives)
+    {
+        width all{unlimited, 0};
+        for (const auto& parts : alternatives) {
+            width sum;
+            for (const auto& one : parts) {
+                auto own = one.kind == part::group || one.kind == part::repeat ? width_of(one.inner)
+                    : one.kind == part::character                              ? width{1, 1}
+                                                                               : width{};
+                if (one.kind == part::repeat) { own = {product(own.least, one.least), product(own.most, one.most)}; }
+                sum.least = std::min(sum.least, unlimited - own.least) + own.least;
+                sum.most = std::min(sum.most, unlimited - own.most) + own.most;
+            }
+            all = {std::min(all.least, sum.least), std::max(all.most, sum.most)};
+        }
+        return all;
+    }
+
+    /// A name, and how often its places were looked at.
+    struct walk {
+        std::u32string text{};
+        std::size_t steps = 0;
+    };
+    /// Where what the name begins with may end, and how long it is.
+    [[nodiscard]] std::pair<places, std::size_t> ends_in(std::string_view name) const
     {
         if (name.size() > longest_name) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
-                    " bytes; regular expressions are matched against at most ", longest_name));
+            refuse("a module's name has ", name.size(), " bytes, and at most ", longest_name, " are matched");
         }
-        if (looks_ahead_ && expansion_ * name.size() * name.size() > most_looks_ahead) {
-            raise<invalid_argument>(error_code::pattern_invalid,
-                message("'", text_, "' looks ahead too often in tensor '", name.substr(0, 60), "…' with its name of ",
-                    name.size(), " bytes: leave '(?=' and '(?!' out, or shorten the pattern"));
-        }
-        return name;
+        walk on{decoded(name)};
+        if (needs_ascii_) { check_ascii(on.text, "the name of a module"); }
+        return {ends_of(alternatives_, {0}, on), on.text.size()};
     }
-    std::string text_;
-    std::size_t expansion_ = 0; ///< characters and groups, written out
-    bool looks_ahead_ = false;
-    std::regex expression_;
-#if defined(__GLIBCXX__)
-    std::regex within_; ///< the pattern with anything before and after it
-#endif
+    [[nodiscard]] places ends_of(const std::vector<sequence>& alternatives, const places& from, walk& on) const
+    {
+        places all;
+        for (const auto& parts : alternatives) {
+            places here = from;
+            for (const auto& one : parts) {
+                if (here.empty()) { break; }
+                here = ends_of(one, here, on);
+            }
+            all.insert(all.end(), here.begin(), here.end());
+        }
+        in_order(all);
+        return all;
+    }
+    static void in_order(places& all)
+    {
+        std::sort(all.begin(), all.end());
+        all.erase(std::unique(all.begin(), all.end()), all.end());
+    }
+    [[nodiscard]] places ends_of(const part& one, const places& from, walk& on) const
+    {
+        on.steps += from.size() + 1;
+        if (on.steps > most_steps) { refuse("to match it takes more than ", most_steps, " steps"); }
+        if (one.kind == part::group) { return ends_of(one.inner, from, on); }
+        if (one.kind == part::repeat) { return ends_of_repeat(one, from, on); }
+        places ends;
+        for (const auto place : from) {
+            const std::size_t wide = one.kind == part::character ? 1 : 0;
+            if (holds(one, place, on)) { ends.push_back(place + wide); }
+        }
+        return ends;
+    }
+    [[nodiscard]] places ends_of_repeat(const part& one, const places& from, walk& on) const
+    {
+        places here = from;
+        for (std::size_t i = 0; i < one.least && !here.empty(); ++i) {
+            auto next = ends_of(one.inner, here, on);
+            if (next == here) { break; } // and so it would stay
+            here = std::move(next);
+        }
+        std::vector<bool> seen(on.text.size() + 1);
+        for (const auto place : here) { seen[place] = true; }
+        places all = here;
+        for (std::size_t i = one.least; i < one.most && !here.empty(); ++i) {
+            here = ends_of(one.inner, here, on);
+            std::erase_if(here, [&](std::size_t place) { return seen[place]; });
+            for (const auto place : here) { seen[place] = true; }
+            all.insert(all.end(), here.begin(), here.end());
+        }
+        in_order(all);
+        return all;
+    }
+    /// Of a character: whether it is here; of what is no wider than a place: whether that is so here.
+    [[nodiscard]] bool holds(const part& one, std::size_t place, walk& on) const
+    {
+        const auto& text = on.text;
+        const auto word = [&](std::size_t i) { return i < text.size() && is_word(text[i]); };
+        const bool at_end = place == text.size(), before_end = !at_end && text[place] == U'\n';
+        switch (one.kind) {
+        case part::character: return !at_end && one.negated != among(one, text[place]);
+        case part::ahead: return one.negated != !ends_of(one.inner, {place}, on).empty();
+        case part::behind: {
+            if (place < one.least) { return one.negated; }
+            const auto ends = ends_of(one.inner, {place - one.least}, on);
+            return one.negated != !ends.empty();
+        }
+        case part::start: return place == 0;
+        case part::line_start: return place == 0 || text[place - 1] == U'\n';
+        case part::text_end: return at_end;
+        case part::end: return at_end || (before_end && place + 1 == text.size());
+        case part::line_end: return at_end || before_end;
+        default: return one.negated != (word(place) != (place > 0 && word(place - 1)));
+        }
+    }
+    static bool among(const part& one, char32_t c)
+    {
+        const auto in = [&](char32_t x) {
+            return std::any_of(
+                one.of.begin(), one.of.end(), [&](const auto& range) { return range.first <= x && x <= range.second; });
+        };
+        constexpr char32_t case_bit = 0x20;
+        const bool letter = (c >= U'a' && c <= U'z') || (c >= U'A' && c <= U'Z');
+        return in(c) || (one.any_case && letter && in(c ^ case_bit));
+    }
+
+    complaint words_;
+    std::u32string text_{}; ///< of the expression
+    std::size_t at_ = 0; ///< what of it has been read
+    bool needs_ascii_ = false; ///< what it says is known of ASCII alone
+    std::vector<sequence> alternatives_{};
 };
 
+} // namespace detail
+
 } // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
+#endif // TASKVEC_SINGLE_FORMATS_PYTHON_PATTERN_HPP
 
 #include <algorithm>
 #include <array>
@@ -12894,7 +13266,7 @@ class peft_patterns {
 public:
     struct pattern {
         std::string key;
-        name_pattern matcher;
+        python_pattern matcher;
         double value = 0;
         bool used = false;
     };
@@ -12921,7 +13293,7 @@ public:
     {
         bool found = false;
         for (auto& one : patterns_) {
-            if (!one.matcher.matches(module)) { continue; }
+            if (!one.matcher.begins(module)) { continue; }
             one.used = true;
             if (!found) {
                 otherwise = one.value;
@@ -12944,21 +13316,11 @@ public:
     }
 
 private:
-    static name_pattern compile(const std::string& key, std::string_view field, const std::string& file)
+    static python_pattern compile(const std::string& key, std::string_view field, const std::string& file)
     {
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            return name_pattern("(.*\\.)?(" + key + ")");
-        }
-        catch (const invalid_argument& problem) {
-            raise<format_error>(
-                error_code::adapter_config, message(field, " has the key '", key, "': ", problem.what()), file);
-        }
-#else
-        (void)field;
-        (void)file;
-        return name_pattern("(.*\\.)?(" + key + ")");
-#endif
+        return python_pattern("(.*\\.)?(" + key + ")$",
+            {file, message(field, " has the key '", key, "'"),
+                "write a key for each of the modules that are meant, of their names alone"});
     }
     std::vector<pattern> patterns_;
 };
@@ -13065,6 +13427,25 @@ inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_
         {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
         {"monteclora_config", "its factors are random variables"}}};
 
+/// Why no change of weights stands for an adapter of a kind, and what to do with one; empty: PEFT makes one, by
+/// merge_and_unload().
+[[nodiscard]] inline std::string_view unmergeable_kind(std::string_view type) noexcept
+{
+    for (const std::string_view kind :
+        {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}) {
+        if (type == kind) {
+            return "it is learnt input and changes no weight, so that there is nothing to fold, extract or merge; load "
+                   "it beside its base with PEFT (PeftModel.from_pretrained)";
+        }
+    }
+    for (const std::string_view kind : {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}) {
+        if (type == kind) {
+            return "what it does depends on the input, so that no change of weights stands for it; "
+                   "load it beside its base with PEFT (PeftModel.from_pretrained)";
+        }
+    }
+    return {};
+}
 /// The kind of adapter that a configuration names; LORA where it names none.
 [[nodiscard]] inline std::string peft_type_of(const nlohmann::json& config)
 {
@@ -13097,35 +13478,41 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     }
 }
 
-/// Whether a field that names modules names one: by a regular expression of the whole name, or by a list of names and
-/// their dotted ends. Nothing where that cannot be told: the field is absent, empty, of PEFT's own words
-/// ("all-linear"), or an expression that is not understood here.
-[[nodiscard]] inline std::optional<bool> names_module(
-    const peft_fields& fields, const char* field, const std::string& module)
-{
-    const auto* const given = fields.find(field);
-    if (!given || !fields.says_something(field)) { return std::nullopt; }
-    if (given->is_string()) {
-        const auto& text = given->get_ref<const std::string&>();
-        if (text == "all-linear") { return std::nullopt; }
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            return name_pattern(text).matches(module);
-        }
-        catch (const invalid_argument&) { // Python's expressions know more
-            return std::nullopt;
-        }
-#else
-        return name_pattern(text).matches(module);
-#endif
+/// The modules that a field of a configuration names: by a regular expression of the whole name, or by a list of names
+/// and their dotted ends. Throws format_error for expressions that are not understood.
+class named_modules {
+public:
+    /// Refers to the configuration. `file` is where it is, for messages.
+    named_modules(const peft_fields& fields, const char* field, const std::string& file)
+        : given_(fields.says_something(field) ? fields.find(field) : nullptr)
+    {
+        if (!given_ || !given_->is_string()) { return; }
+        const auto& text = given_->get_ref<const std::string&>();
+        auto lower = text;
+        std::transform(lower.begin(), lower.end(), lower.begin(),
+            [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
+        if (lower == "all-linear") { return; }
+        pattern_.emplace(text,
+            python_pattern::complaint{
+                file, message(field, " is '", text, "'"), "write the list of the modules' names in its place"});
     }
-    if (!given->is_array()) { return std::nullopt; }
-    return std::any_of(given->begin(), given->end(), [&](const auto& one) {
-        if (!one.is_string()) { return false; }
-        const auto& name = one.template get_ref<const std::string&>();
-        return module == name || module.ends_with("." + name);
-    });
-}
+    /// Whether a module is one of them. Nothing where that cannot be told: the field is absent, empty, or of PEFT's own
+    /// words ("all-linear").
+    [[nodiscard]] std::optional<bool> contain(const std::string& module) const
+    {
+        if (pattern_) { return pattern_->matches(module); }
+        if (!given_ || !given_->is_array()) { return std::nullopt; }
+        return std::any_of(given_->begin(), given_->end(), [&](const auto& one) {
+            if (!one.is_string()) { return false; }
+            const auto& name = one.template get_ref<const std::string&>();
+            return module == name || module.ends_with("." + name);
+        });
+    }
+
+private:
+    const nlohmann::json* given_;
+    std::optional<python_pattern> pattern_{};
+};
 /// The number of the layer that a module is in, to PEFT: that behind the first of the lists `layers_pattern` names, or,
 /// where it names none, behind whatever comes second in the name.
 [[nodiscard]] inline std::optional<std::int64_t> layer_for_peft(
@@ -13158,16 +13545,33 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     }
     return std::nullopt;
 }
+/// Refuses a layers_pattern that is more than the names of lists of layers: PEFT has it in an expression of its own.
+inline void check_layers_pattern(const peft_fields& fields, const std::string& file)
+{
+    const auto* const given = fields.find("layers_pattern");
+    if (!given) { return; }
+    for (const auto& one : given->is_array() ? *given : nlohmann::json::array({*given})) {
+        if (!one.is_string()) { continue; }
+        const auto& text = one.get_ref<const std::string&>();
+        if (text.find_first_of("\\^$|?*+()[]{}") == text.npos) { continue; }
+        raise<format_error>(error_code::adapter_config,
+            message("layers_pattern is '", text,
+                "': of regular expressions there, names alone are understood here; write the list's name (\"layers\"), "
+                "or "
+                "the whole names of the modules into target_modules"),
+            file);
+    }
+}
 /// The modules of an adapter's file that PEFT does nothing with, as the configuration leaves them out: by
 /// exclude_modules, by target_modules that do not name them, or by layers_to_transform. `is_parameter(module)`: those
 /// of target_parameters are none of these. Empty where target_modules names none at all: the names are then another
-/// model's, and PEFT loads nothing of it.
+/// model's, and PEFT loads nothing of it. Throws format_error for expressions that are not understood, of `file`.
 template <class IsParameter>
-[[nodiscard]] std::vector<std::string> modules_left_out(
-    const nlohmann::json& config, const std::vector<std::string>& modules, const IsParameter& is_parameter)
+[[nodiscard]] std::vector<std::string> modules_left_out(const nlohmann::json& config, const std::string& file,
+    const std::vector<std::string>& modules, const IsParameter& is_parameter)
 {
-    const std::string nowhere;
-    const peft_fields fields(config, nowhere);
+    const peft_fields fields(config, file);
+    const named_modules named(fields, "target_modules", file), excluded(fields, "exclude_modules", file);
     std::set<std::int64_t> layers;
     if (const auto* const given = fields.find("layers_to_transform")) {
         const auto add = [&](const nlohmann::json& one) {
@@ -13178,15 +13582,15 @@ template <class IsParameter>
             add(*given);
         }
     }
+    if (!layers.empty()) { check_layers_pattern(fields, file); }
     const auto* const targets = fields.find("target_modules");
     std::vector<std::string> out;
     bool any = false;
     for (const auto& module : modules) {
         if (is_parameter(module)) { continue; }
-        const auto named = names_module(fields, "target_modules", module);
-        bool in = named.value_or(true);
+        bool in = named.contain(module).value_or(true);
         any = any || in;
-        if (names_module(fields, "exclude_modules", module).value_or(false)) { in = false; }
+        if (excluded.contain(module).value_or(false)) { in = false; }
         const bool by_whole_name =
             targets && targets->is_array() && std::find(targets->begin(), targets->end(), module) != targets->end();
         const bool by_list = !targets || targets->is_array();
@@ -13228,6 +13632,9 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
         const bool convertible = *type == "ADALORA" || *type == "LOHA" || *type == "LOKR";
         const auto what = "peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type));
         if (convertible) { refuse_to(options.convert_word, what, "another kind of adapter"); }
+        if (const auto why = unmergeable_kind(peft_type_of(config)); !why.empty()) {
+            raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why), file);
+        }
         refuse(what, "another kind of adapter");
     }
 
@@ -13494,7 +13901,7 @@ template <arithmetic_element T = float>
     alphas.check_used("alpha_pattern", config_file);
     std::vector<std::string> modules;
     for (const auto& one : pairs) { modules.push_back(one.first); }
-    const auto out = detail::modules_left_out(adapter.config, modules,
+    const auto out = detail::modules_left_out(adapter.config, config_file, modules,
         [&](const std::string& module) { return detail::is_tied_head(adapter.config, module); });
     if (!out.empty()) {
         adapter.notes.push_back(detail::left_out_words("'" + adapter.label + "'", out, modules.size()));
@@ -15229,6 +15636,19 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
+/// Refuses configurations of kinds of adapters that are not read, by the kind's name.
+inline void check_peft_type(const nlohmann::json& config, const std::string& file)
+{
+    const peft_fields fields(config, file);
+    const auto* const type = fields.find("peft_type");
+    if (!type || *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA") { return; }
+    const auto name = type->is_string() ? type->get<std::string>() : fields.shown(*type);
+    const auto why = unmergeable_kind(name);
+    raise<format_error>(error_code::adapter_unsupported,
+        why.empty() ? message("peft_type ", name, ": another kind of adapter; ", fold_with_peft)
+                    : message("peft_type ", name, ": ", why),
+        file);
+}
 /// Refuses configurations of PEFT whose update is none that can be folded, each by name.
 inline void check_foldable(const nlohmann::json& config, const std::string& file)
 {
@@ -15236,13 +15656,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
     const auto refuse = [&](std::string_view what, std::string_view why) {
         raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why, "; ", fold_with_peft), file);
     };
-    if (const auto* type = fields.find("peft_type")) {
-        const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
-        if (!known) {
-            refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
-                "another kind of adapter");
-        }
-    }
+    check_peft_type(config, file);
     check_lora_initialization(fields, refuse);
     for (const auto& [field, why] : beyond_updates) {
         const bool parameters = std::string_view(field) == "target_parameters" && peft_type_of(config) == "LORA";
@@ -15449,6 +15863,7 @@ public:
     /// Throws what read_adapter() throws.
     [[nodiscard]] adapter_contents<T> read()
     {
+        if (configuration_) { check_peft_type(adapter_.config, config_name_); } // whose tensors are called otherwise
         tensors_ = adapter_sorter(file_).sort();
         modules_ = tensors_.modules();
         adapter_.dialect = tensors_.dialect;
@@ -15503,7 +15918,7 @@ private:
     }
     [[noreturn]] void refuse_empty() const
     {
-        if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // another kind is said by its name
+        if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // what else it is, is said by name
         const auto type = adapter_.config.find("fine_tune_type");
         const bool full = type != adapter_.config.end() && *type == "full";
         refuse_(error_code::adapter_tensors, "holds no factors of an adapter",
@@ -15645,8 +16060,8 @@ private:
     /// Takes out what PEFT does nothing with.
     void leave_out()
     {
-        auto out = modules_left_out(
-            adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
+        auto out = modules_left_out(adapter_.config, config_name_, modules_,
+            [&](const std::string& module) { return !parameters_.of(module).empty(); });
         for (const auto& module : out) { adapter_.modules.erase(module); }
         // Of a head that is tied PEFT saves the embedding's factors once more: nothing is lost with them.
         std::erase_if(out, [&](const auto& module) { return is_tied_head(adapter_.config, module); });
@@ -19529,6 +19944,8 @@ inline constexpr std::array<text_encoder_place, 5> text_encoder_places{
         {"cond_stage_model.model.", "text_encoder", true}, {"conditioner.embedders.0.model.", "text_encoder_2", true},
         {"conditioner.embedders.1.model.", "text_encoder_2", true}}};
 inline constexpr std::string_view single_file_unet = "model.diffusion_model.";
+/// What ComfyUI puts before its modules in adapters.
+inline constexpr std::string_view comfyui_unet = "diffusion_model.";
 
 [[nodiscard]] inline std::vector<std::string_view> segments_of(std::string_view name)
 {
@@ -19687,6 +20104,11 @@ struct component_name {
 };
 [[nodiscard]] inline component_name split_component(std::string_view module, adapter_dialect dialect)
 {
+    for (const std::string_view prefix : {single_file_unet, comfyui_unet}) {
+        if (module.size() > prefix.size() && module.starts_with(prefix)) {
+            return {"unet", module.substr(prefix.size())};
+        }
+    }
     if (dialect == adapter_dialect::kohya) {
         const auto named = kohya_component_of(module);
         return {named.diffusers, module.substr(named.prefix.size())};
@@ -19880,6 +20302,195 @@ inline std::string diffusion_names::tensor_called(std::string_view name) const
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_DIFFUSION_NAMES_HPP
 
+// ---- taskvec/formats/flux_names.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_FLUX_NAMES_HPP)
+#define TASKVEC_SINGLE_FORMATS_FLUX_NAMES_HPP
+// FLUX's two namings of one transformer: its authors' (single files, kohya, ComfyUI), and diffusers', whose q, k and v
+// are tensors of their own.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Makes modules of FLUX that an adapter has under its authors' names ("double_blocks.0.img_attn.qkv") those that a
+/// base of diffusers has in their place, as many as one of them is there; of other bases nothing. The number of modules
+/// that were translated. What does not fit the base is left as it is. Throws invalid_argument where the adapter has one
+/// of the base's modules under both names.
+///
+///     split_flux(adapter, checkpoint.model());
+///     const auto match = match_modules(adapter, checkpoint.model());
+template <arithmetic_element T>
+std::size_t split_flux(adapter_contents<T>& adapter, const const_model_ref& base);
+
+namespace detail {
+
+/// A layer of FLUX under its authors' name, with underscores for dots, and the layers that it is in diffusers: their
+/// rows lie in it one behind the other.
+struct flux_layer {
+    std::string_view own{};
+    std::array<std::string_view, 4> parts{}; ///< those behind the last are empty
+    bool swapped = false; ///< shift and scale lie the other way round: its second half of rows is diffusers' first
+};
+/// Of the blocks of image and text.
+inline constexpr std::array<flux_layer, 10> flux_double_layers{
+    {{"img_attn_qkv", {"attn.to_q", "attn.to_k", "attn.to_v"}}, {"img_attn_proj", {"attn.to_out.0"}},
+        {"img_mlp_0", {"ff.net.0.proj"}}, {"img_mlp_2", {"ff.net.2"}}, {"img_mod_lin", {"norm1.linear"}},
+        {"txt_attn_qkv", {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"}},
+        {"txt_attn_proj", {"attn.to_add_out"}}, {"txt_mlp_0", {"ff_context.net.0.proj"}},
+        {"txt_mlp_2", {"ff_context.net.2"}}, {"txt_mod_lin", {"norm1_context.linear"}}}};
+/// Of the blocks of both together.
+inline constexpr std::array<flux_layer, 3> flux_single_layers{
+    {{"linear1", {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"}}, {"linear2", {"proj_out"}},
+        {"modulation_lin", {"norm.linear"}}}};
+/// Around them.
+inline constexpr std::array<flux_layer, 10> flux_ends{{{"img_in", {"x_embedder"}}, {"txt_in", {"context_embedder"}},
+    {"time_in_in_layer", {"time_text_embed.timestep_embedder.linear_1"}},
+    {"time_in_out_layer", {"time_text_embed.timestep_embedder.linear_2"}},
+    {"vector_in_in_layer", {"time_text_embed.text_embedder.linear_1"}},
+    {"vector_in_out_layer", {"time_text_embed.text_embedder.linear_2"}},
+    {"guidance_in_in_layer", {"time_text_embed.guidance_embedder.linear_1"}},
+    {"guidance_in_out_layer", {"time_text_embed.guidance_embedder.linear_2"}}, {"final_layer_linear", {"proj_out"}},
+    {"final_layer_adaLN_modulation_1", {"norm_out.linear"}, true}}};
+
+/// The modules of diffusers' that one of FLUX's is.
+struct flux_parts {
+    std::vector<std::string> modules{}; ///< in the order of their rows; empty: none of FLUX's
+    bool swapped = false; ///< as flux_layer has it
+};
+[[nodiscard]] inline flux_parts flux_parts_of(std::string_view module)
+{
+    for (const std::string_view before : {"lora_unet_", "lora_transformer_", "lycoris_", "model.diffusion_model.",
+             "diffusion_model.", "transformer.", "unet."}) {
+        if (!module.starts_with(before)) { continue; }
+        module.remove_prefix(before.size());
+        break;
+    }
+    std::string name(module);
+    std::replace(name.begin(), name.end(), '.', '_');
+    const auto parts_of = [](const auto& layers, std::string_view own, const std::string& block) {
+        flux_parts found;
+        for (const auto& layer : layers) {
+            if (own != layer.own) { continue; }
+            for (const auto part : layer.parts) {
+                if (!part.empty()) { found.modules.push_back(block + std::string(part)); }
+            }
+            found.swapped = layer.swapped;
+        }
+        return found;
+    };
+    for (const auto& [own, of_diffusers] :
+        {std::pair<std::string_view, std::string>("double_blocks_", "transformer_blocks."),
+            std::pair<std::string_view, std::string>("single_blocks_", "single_transformer_blocks.")}) {
+        if (!name.starts_with(own)) { continue; }
+        const char *const first = name.data() + own.size(), *const last = name.data() + name.size();
+        std::uint32_t number = 0;
+        const auto [behind, problem] = std::from_chars(first, last, number);
+        if (problem != std::errc() || behind == last || *behind != '_') { return {}; }
+        const std::string_view within(behind + 1, static_cast<std::size_t>(last - behind - 1));
+        const auto block = of_diffusers + std::to_string(number) + ".";
+        return own.starts_with("double") ? parts_of(flux_double_layers, within, block)
+                                         : parts_of(flux_single_layers, within, block);
+    }
+    return parts_of(flux_ends, name, "");
+}
+
+/// What stands before the names of a transformer's modules in a base that has them as diffusers does; nothing: it has
+/// none, or several.
+[[nodiscard]] inline std::optional<std::string> flux_prefix(const const_model_ref& base)
+{
+    std::set<std::string> found;
+    for (const auto& [name, tensor] : base) {
+        for (const std::string_view list : {"single_transformer_blocks.", "transformer_blocks."}) {
+            const auto at = name.find(list);
+            if (at == name.npos || (at > 0 && name[at - 1] != '.')) { continue; }
+            found.insert(name.substr(0, at));
+            break;
+        }
+    }
+    return found.size() == 1 ? std::optional(*found.begin()) : std::nullopt;
+}
+
+/// Some rows of what an adapter does to a module, as what it does to another.
+template <arithmetic_element T>
+[[nodiscard]] adapted_module<T> rows_of(
+    const adapted_module<T>& made, std::size_t first, std::size_t count, std::size_t shift)
+{
+    adapted_module<T> one = made;
+    const std::size_t rank = made.update.rank();
+    const auto from = [&](std::size_t row) { return first + (row + shift) % count; };
+    one.update.b = matrix<T>(count, rank, matrix_order::row_major);
+    for (std::size_t i = 0; i < count; ++i) {
+        for (std::size_t k = 0; k < rank; ++k) { one.update.b(i, k) = made.update.b(from(i), k); }
+    }
+    if (made.magnitude.empty()) { return one; }
+    one.magnitude.resize(count);
+    for (std::size_t i = 0; i < count; ++i) { one.magnitude[i] = made.magnitude[from(i)]; }
+    return one;
+}
+
+} // namespace detail
+
+template <arithmetic_element T>
+std::size_t split_flux(adapter_contents<T>& adapter, const const_model_ref& base)
+{
+    const auto prefix = detail::flux_prefix(base);
+    if (!prefix) { return 0; }
+    constexpr std::string_view suffix = ".weight";
+    std::map<std::string, adapted_module<T>> split;
+    std::size_t translated = 0;
+    const auto put = [&](const std::string& name, const std::string& module, adapted_module<T> made) {
+        if (split.contains(name) || (name != module && adapter.modules.contains(name))) {
+            raise<invalid_argument>(error_code::tensor_unexpected,
+                message("module '", module, "' of ", adapter.label, " and another of it both mean '", name,
+                    "': leave one of them out"));
+        }
+        split.emplace(name, std::move(made));
+    };
+    for (auto& [module, made] : adapter.modules) {
+        const auto parts = detail::flux_parts_of(module);
+        std::vector<std::size_t> counts;
+        std::size_t rows = 0;
+        bool fits = !base.find(module + std::string(suffix)) && made.kernel.empty() && !made.embedding
+            && made.bias.rank() == 0 && made.slice.parameter.empty();
+        for (const auto& part : parts.modules) {
+            const auto* const there = base.find(*prefix + part + std::string(suffix));
+            fits = fits && there && there->shape.size() == 2
+                && static_cast<std::size_t>(there->shape[1]) == made.update.in();
+            if (!fits) { break; }
+            counts.push_back(static_cast<std::size_t>(there->shape[0]));
+            rows += counts.back();
+        }
+        if (!fits || parts.modules.empty() || rows != made.update.out() || (parts.swapped && rows % 2 != 0)) {
+            put(module, module, made);
+            continue;
+        }
+        ++translated;
+        for (std::size_t i = 0, first = 0; i < counts.size(); first += counts[i++]) {
+            put(*prefix + parts.modules[i], module,
+                detail::rows_of(made, first, counts[i], parts.swapped ? rows / 2 : 0));
+        }
+    }
+    if (translated > 0) { adapter.modules = std::move(split); }
+    return translated;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_FLUX_NAMES_HPP
+
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -20008,6 +20619,30 @@ struct prefix_meaning {
     return !here.numbered && !there.numbered && here.towers == there.towers;
 }
 
+/// The modules of a base that a name with underscores ends in, behind something that tells no layer or tower and goes
+/// into `off`: transformers 5 saves a CLIPTextModel without the "text_model." that it has before its names elsewhere.
+/// `names` are the base's, each with underscores and as it is.
+[[nodiscard]] inline std::vector<std::string> behind_underscores(
+    std::string_view key, const std::vector<std::pair<std::string, std::string>>& names, std::string& off)
+{
+    std::vector<std::string> found;
+    std::size_t longest = 0;
+    for (const auto& [underscored, name] : names) {
+        const bool ends = key.size() > underscored.size() && key.ends_with(underscored)
+            && key[key.size() - underscored.size() - 1] == '_';
+        if (!ends || underscored.size() < longest || name.find('.') == name.npos) { continue; }
+        if (underscored.size() > longest) { found.clear(); }
+        longest = underscored.size();
+        found.push_back(name);
+    }
+    if (found.empty()) { return found; }
+    off = std::string(key.substr(0, key.size() - longest));
+    auto dotted = off;
+    std::replace(dotted.begin(), dotted.end(), '_', '.');
+    if (!may_replace(dotted, "")) { found.clear(); }
+    return found;
+}
+
 /// match_modules() of names that no wrapper has changed.
 [[nodiscard]] inline module_match match_plain_modules(
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
@@ -20076,19 +20711,21 @@ struct prefix_meaning {
                     ending.push_back(name);
                 }
             }
+            std::string off;
+            const bool flat = module.find('.') == module.npos;
+            if (flat && whole.empty() && ending.empty()) { whole = detail::behind_underscores(key, names, off); }
             const auto& found = whole.empty() ? ending : whole;
             if (found.size() == 1) {
                 match.tensors.emplace(module, found[0] + std::string(suffix));
                 change(with_dots);
+                if (!off.empty()) { change("'" + off + "' taken off"); }
             }
             else {
                 if (!found.empty()) { match.doubtful[module] = found; }
                 still.push_back(module);
             }
         }
-        match.unmatched = std::move(still);
-        match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
-        return match;
+        left = std::move(still); // ComfyUI's have dots, and prefixes
     }
     // diffusers: components, processors, and the list that to_out is
     std::vector<std::string> still;
@@ -20564,6 +21201,17 @@ template <arithmetic_element T>
 
 } // namespace detail
 
+/// What messages say behind "use the base that it was trained on" of a module that no base's is: models of images have
+/// other names, and other tensors, in single files and in diffusers. Empty for other models' modules.
+///
+///     form_of_base("lora_unet_double_blocks_0_img_attn_qkv") // ", in the form whose names …"
+[[nodiscard]] inline std::string_view form_of_base(std::string_view module) noexcept
+{
+    const bool of_images = !detail::kohya_component_of(module).prefix.empty()
+        || module.starts_with(detail::single_file_unet) || module.starts_with(detail::comfyui_unet);
+    return of_images ? ", in the form whose names it has (a single file, or diffusers')" : "";
+}
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
 /// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
 /// others do not deny it.
@@ -20585,7 +21233,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                 base.find(module + ".in_proj_weight")
                     ? message(", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: ",
                           detail::fold_with_peft)
-                    : message(": use the base that it was trained on, ",
+                    : message(": use the base that it was trained on", form_of_base(module), ", ",
                           traits.renaming.empty() ? ""
                                                   : message("say what it is called there (", traits.renaming, "), "),
                           "or leave such modules out")));
@@ -22277,6 +22925,215 @@ inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const 
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_DELTA_HPP
+
+// ---- taskvec/formats/name_pattern.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP)
+#define TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
+// Regular expressions over tensor names. Both may come from files, so neither may cost more than it says.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <regex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
+/// can, without backtracking: no pattern takes exponential time and no name exhausts the stack; back-references are
+/// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
+/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`, and then this is at most
+/// 40 million: counted repeats such as `x{3}` are written out, and a pattern may have at most 2,000 characters and
+/// groups that way; a count has at most four digits; a look-ahead holds no other.
+///
+///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
+///     bool in = pattern.occurs_in("model.layers.3.weight");
+class name_pattern {
+public:
+    /// Bytes of a pattern, bytes of a name, and characters of a pattern with its counted repeats written out.
+    static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
+    /// Characters of a pattern with look-aheads, written out, times the square of a name's bytes.
+    static constexpr std::size_t most_looks_ahead = 40'000'000;
+
+    /// Throws invalid_argument for text that is not a regular expression, saying why.
+    explicit name_pattern(const std::string& text)
+    {
+        if (text.size() > longest_pattern) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
+        }
+        check_budget(text);
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+        try {
+            compile(text);
+        }
+        catch (const std::regex_error& problem) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
+        }
+#else
+        compile(text);
+#endif
+    }
+
+    /// Whether the whole name matches. Throws invalid_argument for a name that is too long.
+    [[nodiscard]] bool matches(std::string_view name) const
+    {
+        return std::regex_match(checked(name).begin(), name.end(), expression_);
+    }
+    /// Whether a part of the name matches. Throws like matches().
+    [[nodiscard]] bool occurs_in(std::string_view name) const
+    {
+#if defined(__GLIBCXX__)
+        return std::regex_match(checked(name).begin(), name.end(), within_);
+#else
+        return std::regex_search(checked(name).begin(), name.end(), expression_);
+#endif
+    }
+    /// The name with each match replaced; `$1` stands for a group, `$&` for the match, as in ECMAScript. Throws like
+    /// matches(). What groups hold is kept for this alone, and costs more than matching: not for hostile patterns.
+    [[nodiscard]] std::string replaced_in(std::string_view name, const std::string& replacement) const
+    {
+        std::string result;
+        std::regex_replace(
+            std::back_inserter(result), checked(name).begin(), name.end(), std::regex(text_, flags), replacement);
+        return result;
+    }
+
+private:
+#if defined(__GLIBCXX__)
+    static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize | std::regex_constants::__polynomial;
+#else
+    static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize;
+#endif
+    void compile(const std::string& text)
+    {
+        expression_ = std::regex(text, flags | std::regex::nosubs);
+#if defined(__GLIBCXX__)
+        // A search would begin anew at every character of the name; this is one walk over it.
+        within_ = std::regex("[^]*(?:" + text + ")[^]*", flags | std::regex::nosubs);
+#endif
+        text_ = text;
+    }
+
+    /// Refuses what would take long. What is no pattern passes; the parser refuses it afterwards.
+    void check_budget(std::string_view text)
+    {
+        struct group {
+            std::size_t size = 0; ///< with the repeats written out; never more than what is too large
+            bool looks_ahead = false;
+        };
+        constexpr std::size_t too_large = largest_expansion + 1;
+        std::vector<group> open{{}}; // outermost first
+        std::size_t last = 0; // the size of what a repeat would repeat
+        bool fits = true, nested = false, refers_back = false;
+        const auto grow = [&](std::size_t size) { open.back().size = std::min(open.back().size + size, too_large); };
+        const auto add = [&](std::size_t size) {
+            last = size;
+            grow(size);
+        };
+        for (std::size_t at = 0; at < text.size(); ++at) {
+            const char c = text[at];
+            if (c == '\\') {
+                // Parsers compute the number of a back-reference without looking whether it fits their integers.
+                ++at;
+                refers_back = refers_back || (at < text.size() && text[at] >= '1' && text[at] <= '9');
+                add(1);
+            }
+            else if (c == '[') {
+                at = end_of_class(text, at + 1);
+                add(1);
+            }
+            else if (c == '(') {
+                const auto kind = text.substr(at + 1, 2);
+                const bool looks = kind == "?=" || kind == "?!";
+                nested = nested || (looks && open.back().looks_ahead);
+                looks_ahead_ = looks_ahead_ || looks;
+                open.push_back({1, looks || open.back().looks_ahead});
+            }
+            else if (c == ')' && open.size() > 1) {
+                const auto inner = open.back().size;
+                open.pop_back();
+                add(inner);
+            }
+            else if (c == '{') {
+                std::size_t most = 0, value = 0, digits = 0;
+                for (++at; at < text.size() && text[at] != '}'; ++at) {
+                    if (text[at] < '0' || text[at] > '9') {
+                        value = digits = 0;
+                        continue;
+                    }
+                    fits = fits && ++digits <= 4;
+                    value = std::min<std::size_t>(10 * value + static_cast<std::size_t>(text[at] - '0'), 10'000);
+                    most = std::max(most, value);
+                }
+                if (most > 1) {
+                    grow(std::min(last * (most - 1), too_large));
+                    last = std::min(last * most, too_large);
+                }
+            }
+            else {
+                add(1);
+            }
+        }
+        if (refers_back) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has a back-reference such as '\\1': write out what it refers to"));
+        }
+        std::size_t total = 0;
+        for (const auto& part : open) { total += part.size; }
+        if (!fits || total > largest_expansion) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has more than ", largest_expansion,
+                    " characters and groups once its counted repeats are written out: use smaller counts, '*' or '+'"));
+        }
+        expansion_ = total;
+        if (nested) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has a look-ahead within a look-ahead: write one after the other"));
+        }
+    }
+    /// Where the `]` is that ends the class whose inside begins at `at`.
+    static std::size_t end_of_class(std::string_view text, std::size_t at)
+    {
+        for (; at < text.size() && text[at] != ']'; ++at) {
+            if (text[at] == '\\') { ++at; }
+            else if (text[at] == '[' && at + 1 < text.size()
+                && std::string_view(".:=").find(text[at + 1]) != std::string_view::npos) {
+                at = std::min(text.find(text[at + 1], at + 2), text.size() - 1) + 1; // [:alpha:], [.hyphen.], [=a=]
+            }
+        }
+        return at;
+    }
+    [[nodiscard]] std::string_view checked(std::string_view name) const
+    {
+        if (name.size() > longest_name) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
+                    " bytes; regular expressions are matched against at most ", longest_name));
+        }
+        if (looks_ahead_ && expansion_ * name.size() * name.size() > most_looks_ahead) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text_, "' looks ahead too often in tensor '", name.substr(0, 60), "…' with its name of ",
+                    name.size(), " bytes: leave '(?=' and '(?!' out, or shorten the pattern"));
+        }
+        return name;
+    }
+    std::string text_;
+    std::size_t expansion_ = 0; ///< characters and groups, written out
+    bool looks_ahead_ = false;
+    std::regex expression_;
+#if defined(__GLIBCXX__)
+    std::regex within_; ///< the pattern with anything before and after it
+#endif
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
 
 // ---- taskvec/formats/quantising_sink.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_QUANTISING_SINK_HPP)

@@ -112,7 +112,56 @@ TEST_CASE("modules of UNets have the names that diffusers' converter gives them,
         std::vector<std::string> compiled;
         for (const auto& name : folder) { compiled.push_back("_orig_mod." + name); }
         CHECK(matched("lora_unet_out_2", base_of(compiled), adapter_dialect::kohya) == "_orig_mod.conv_out.weight");
+        // Behind what ComfyUI and single files put before them, in any dialect with dots.
+        wrong = 0;
+        for (const std::string prefix : {"diffusion_model.", "model.diffusion_model."}) {
+            for (const auto dialect : {adapter_dialect::peft, adapter_dialect::kohya}) {
+                std::vector<std::string> behind;
+                for (const auto& [diffusers, ldm] : ldm_of) {
+                    behind.push_back(prefix + ldm);
+                    behind.push_back(prefix + diffusers);
+                }
+                const auto of_both = match_modules(behind, unet, dialect),
+                           of_single = match_modules(behind, file, dialect);
+                for (const auto& [diffusers, ldm] : ldm_of) {
+                    for (const auto& name : {prefix + diffusers, prefix + ldm}) {
+                        wrong += of_both.tensors.at(name) == diffusers + ".weight" ? 0 : 1;
+                        wrong += of_single.tensors.at(name) == "model.diffusion_model." + ldm + ".weight" ? 0 : 1;
+                    }
+                }
+            }
+        }
+        CHECK(wrong == 0);
     }
+}
+
+TEST_CASE("kohya's words with dots and prefixes, and underscores behind what a base has not before its names")
+{
+    const auto kohya = adapter_dialect::kohya;
+    const auto wan = base_of({"blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight", "blocks.1.ffn.0.weight"});
+    for (const std::string prefix : {"diffusion_model.", "model.diffusion_model.", "transformer.", ""}) {
+        CAPTURE(prefix);
+        for (const auto dialect : {kohya, adapter_dialect::peft}) {
+            CHECK(matched(prefix + "blocks.0.self_attn.q", wan, dialect) == "blocks.0.self_attn.q.weight");
+            CHECK(matched(prefix + "blocks.1.ffn.0", wan, dialect) == "blocks.1.ffn.0.weight");
+            CHECK(matched(prefix + "blocks.2.ffn.0", wan, dialect).empty());
+        }
+    }
+    const auto match = match_modules(std::vector<std::string>{"diffusion_model.blocks.0.ffn.0"}, wan, kohya);
+    CHECK(match.changes == std::vector<std::string>{"'diffusion_model.' taken off"});
+
+    // transformers 5 saves a text encoder without "text_model."; other layers and towers are not these.
+    const std::string fc1 = "encoder.layers.0.mlp.fc1.weight", under = "text_model_encoder_layers_0_mlp_fc1";
+    const auto text = base_of({fc1, "encoder.layers.0.self_attn.q_proj.weight", "final_layer_norm.weight"});
+    CHECK(matched("lora_te_" + under, text, kohya) == fc1);
+    CHECK(matched("lora_te1_" + under, base_of({"text_model." + fc1}), kohya) == "text_model." + fc1);
+    CHECK(match_modules(std::vector<std::string>{"lora_te_" + under}, text, kohya).changes
+        == std::vector<std::string>{"underscores read as the base's dots", "'text_model_' taken off"});
+    CHECK(matched("lora_te_text_model_encoder_layers_1_mlp_fc1", text, kohya).empty());
+    CHECK(matched("lora_te_vision_model_encoder_layers_0_mlp_fc1", text, kohya).empty());
+    CHECK(matched("lora_te_" + under, base_of({"layers.0.mlp.fc1.weight"}), kohya).empty()); // any encoder's, or none
+    CHECK(matched("lora_te_" + under, base_of({"mlp.fc1.weight"}), kohya).empty());
+    CHECK(matched("lora_te_" + under, base_of({"fc1.weight"}), kohya).empty());
 }
 
 TEST_CASE("a part of a UNet has Stable Diffusion's blocks, and levels of other sizes are not guessed")

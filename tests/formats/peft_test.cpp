@@ -222,7 +222,7 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
     };
     says(refused("alpha_pattern", {{"proj", 3}}), "matches no module"); // neither a whole name nor a dotted end
     says(refused("rank_pattern", {{"k_proj", 3}}), "matches no module");
-    says(refused("alpha_pattern", {{"(", 3}}), "not a regular expression");
+    says(refused("alpha_pattern", {{"(", 3}}), "no regular expression to Python: it has a '(' without a ')'");
     says(refused("alpha_pattern", {{"q_proj", "3"}}), "not a number");
     says(refused("rank_pattern", {{"q_proj", 2}}), "has rank 3 but adapter_config.json says 2");
     says(refused("rank_pattern", nlohmann::json::array({1})), "not an object");
@@ -230,9 +230,12 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
     // them.
     says(refused("alpha_pattern", {{"([a-z.0-9_]+[a-z.0-9_]+)+!", 3}}), "matches no module");
     says(refused("alpha_pattern", {{std::string(50000, '(') + "q" + std::string(50000, ')'), 3}}),
-        "a regular expression of 1000");
+        "and at most 1000 are read");
     says(refused("alpha_pattern", {{"(q)\\1", 3}}),
-        "alpha_pattern has the key '(q)\\1': '(.*\\.)?((q)\\1)' has a back-reference");
+        "alpha_pattern has the key '(q)\\1': it has a back-reference ('\\1'), not understood here; write a key for "
+        "each of "
+        "the modules that are meant, of their names alone");
+    says(refused("alpha_pattern", {{"(?i)Q_PROJ", 3}}), "flags of the whole are not at its beginning");
 }
 
 TEST_CASE("configurations that are not plain LoRA are refused by name")

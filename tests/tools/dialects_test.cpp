@@ -757,6 +757,12 @@ TEST_CASE("what PEFT's configuration leaves out of the modules of a file changes
     CHECK(left(R"({"target_modules": ["model.layers.0.q", "k"]})") == list{"model.layers.1.q"});
     CHECK(left(R"({"target_modules": ".*\\.q"})") == list{"model.layers.1.k"});
     CHECK(left(R"({"target_modules": "q"})").empty()); // names none of them: another model's names
+    // Expressions of Python's that others know otherwise, or not at all.
+    CHECK(left(R"({"target_modules": ".*(?<!layers\\.0)\\.q"})") == list{"model.layers.0.q", "model.layers.1.k"});
+    CHECK(left(R"({"target_modules": "(?i:.*\\.Q)\\Z"})") == list{"model.layers.1.k"});
+    CHECK(left(R"({"target_modules": "(?P<all>.*)\\.[]q]"})") == list{"model.layers.1.k"});
+    CHECK(left(R"({"target_modules": ["q", "k"], "exclude_modules": ".*\\.\\d{,1}\\.(?#of all)k"})")
+        == list{"model.layers.1.k"});
     CHECK(left(R"({"target_modules": ["q", "k"], "exclude_modules": ["layers.1.q"]})") == list{"model.layers.1.q"});
     CHECK(left(R"({"target_modules": ["q", "k"], "exclude_modules": "model\\.layers\\.1.*"})")
         == list{"model.layers.1.k", "model.layers.1.q"});
@@ -773,9 +779,26 @@ TEST_CASE("what PEFT's configuration leaves out of the modules of a file changes
     auto quiet = line;
     quiet.push_back("--quiet");
     refused(folder, quiet, 1, "no module of the adapters is left");
+    const auto merge = [](const std::string& out) {
+        return std::vector<std::string>{"merge-lora", "--adapter", "a", "--out", out};
+    };
+    for (const auto& [config, words] :
+        {std::pair(R"({"target_modules": "(.)\\1.*"})", "target_modules is '(.)\\1.*': it has a back-reference"),
+            std::pair(R"({"exclude_modules": "(?>.*)q"})", "exclude_modules is '(?>.*)q': it has an atomic group"),
+            std::pair(
+                R"({"exclude_modules": "*"})", "no regular expression to Python: it repeats nothing; write the list"),
+            std::pair(R"x({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "(h|layers)"})x",
+                "layers_pattern is '(h|layers)'")}) {
+        write_adapter_as(folder / "b", tensors, nlohmann::json::parse(config));
+        auto other = quiet;
+        other[4] = "b";
+        refused(folder, other, 1, words);
+        auto merged = merge("merged");
+        merged[2] = "b";
+        refused(folder, merged, 1, words);
+    }
     // Merges of adapters take no other ones than folding does.
-    refused(folder, {"merge-lora", "--adapter", "a", "--out", "merged"}, 1,
-        "factors of no module that adapter_config.json does not leave out");
+    refused(folder, merge("merged"), 1, "factors of no module that adapter_config.json does not leave out");
     write_adapter_as(folder / "a", tensors,
         nlohmann::json::parse(R"({"target_modules": ["q", "k"], "exclude_modules": ["layers.1.q"]})"));
     const auto merged = must_run(folder, {"merge-lora", "--adapter", "a", "--out", "merged"});
@@ -784,6 +807,72 @@ TEST_CASE("what PEFT's configuration leaves out of the modules of a file changes
     CHECK(kept.size() == 4);
     CHECK(kept.contains("base_model.model.model.layers.0.q.lora_A.weight"));
     CHECK(kept.contains("base_model.model.model.layers.1.k.lora_A.weight"));
+}
+
+TEST_CASE("keys of alpha_pattern are Python's expressions")
+{
+    const scratch folder;
+    const std::string q = "layers.1.q_proj", mlp = "layers.0.mlp";
+    const values_model base{{q + ".weight", random_tensor({6, 6}, 1)}, {mlp + ".weight", random_tensor({6, 6}, 2)}};
+    write_values(folder / "base.safetensors", base);
+    auto tensors = factors(q, 6, 6, 3);
+    tensors.merge(factors(mlp, 6, 6, 5));
+    const auto scaling = [&](const std::string& module) {
+        const auto& a = tensors.at(module + ".lora_A.weight");
+        const auto& b = tensors.at(module + ".lora_B.weight");
+        const auto fused = read_values(folder / "out.safetensors").at(module + ".weight");
+        for (const double alpha : {1.0, 8.0}) {
+            if (fused.values == added(base.at(module + ".weight"), a, b, alpha / 2).values) { return alpha; }
+        }
+        return 0.0;
+    };
+    using pair = std::pair<const char*, const std::string*>; // what each matches alone, by re.match("(.*\\.)?(KEY)$")
+    for (const auto& [key, module] : {pair("q_proj\\Z", &q), pair("\\Alayers\\.1\\.q_proj", &q),
+             pair("layers\\.[]1]\\.q_proj", &q), pair("(?:mlp|q_proj)(?<!mlp)", &q), pair("(?i:MLP)", &mlp),
+             pair("(?P<n>mlp)", &mlp), pair("layers\\.\\d{,2}\\.mlp", &mlp), pair("m(?#l)lp", &mlp)}) {
+        const std::string shown = key; // for lambdas, which hold no binding
+        CAPTURE(shown);
+        write_adapter_as(folder / "a", tensors, {{"alpha_pattern", {{key, 8}}}});
+        must_run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "out.safetensors"});
+        CHECK(scaling(q) == (module == &q ? 8 : 1));
+        CHECK(scaling(mlp) == (module == &mlp ? 8 : 1));
+    }
+    // A class of POSIX is none to Python: "[[:digit:]" and a bracket.
+    write_adapter_as(folder / "a", tensors, {{"alpha_pattern", {{"layers\\.[[:digit:]]\\.mlp", 8}}}});
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1,
+        "matches no module of the adapter");
+}
+
+TEST_CASE("kinds of adapters that are not read are refused by name, whatever their tensors are called")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", {{"layers.0.q.weight", random_tensor({6, 6}, 1)}});
+    const auto refused_as = [&](const std::string& kind, const values_model& tensors, const std::string& words) {
+        CAPTURE(kind);
+        write_text(folder / "a/adapter_config.json", nlohmann::json{{"peft_type", kind}}.dump());
+        write_values(folder / "a/adapter_model.safetensors", tensors);
+        for (const auto& line : {std::vector<std::string>{
+                                     "fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"},
+                 std::vector<std::string>{"convert", "a", "--as", "kohya", "--out", "no.safetensors"},
+                 std::vector<std::string>{"merge-lora", "--adapter", "a", "--out", "no"}}) {
+            refused(folder, line, 1, "adapter_config.json: peft_type " + kind + ": ");
+            const auto said = run(folder, line).err;
+            CHECK(said.find(words) != std::string::npos);
+            const bool merged_by_peft = words.find("with PEFT and") != std::string::npos || words == "another kind";
+            CHECK((said.find("fold it into its base") != std::string::npos) == merged_by_peft);
+        }
+    };
+    const auto x = random_tensor({2, 6}, 2);
+    const std::string q = "base_model.model.layers.0.q.";
+    refused_as("VERA", {{q + "vera_lambda_b", x}, {"base_model.vera_A", x}}, "another kind");
+    refused_as("OFT", {{q + "oft_R.weight", x}}, "another kind");
+    refused_as("PVERA", {{q + "pvera_lambda_b", x}, {"base_model.pvera_A", x}}, "another kind");
+    refused_as("NEW_KIND", {{"new", x}}, "another kind");
+    for (const std::string kind : {"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE"}) {
+        refused_as(kind, {{"prompt_embeddings", x}}, "changes no weight");
+    }
+    refused_as("MULTITASK_PROMPT_TUNING", {{"prefix_task_cols", x}}, "changes no weight");
+    refused_as("XLORA", {{q + "lora_A.weight", x}}, "depends on the input");
 }
 
 TEST_CASE("convert tells the parts of pipelines apart by names, and says what it takes for granted")

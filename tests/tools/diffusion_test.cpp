@@ -1,4 +1,4 @@
-// Adapters of Stable Diffusion under the names of one kind, on bases under the other, against plain loops.
+// Adapters of Stable Diffusion and FLUX under the names of one kind, on bases under the other, against plain loops.
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_files.hpp"
 
@@ -272,4 +272,116 @@ TEST_CASE("text encoders of a single file take their adapters, fused projections
     write_adapter_as(folder / "a", biased, {{"lora_bias", true}});
     refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors", "--quiet"}, 1,
         "is several modules' weight, whose biases are one tensor");
+}
+
+TEST_CASE("FLUX's modules under its authors' names fold into diffusers', a block of rows each")
+{
+    const scratch folder;
+    const std::string both = "transformer_blocks.0.attn.", one = "single_transformer_blocks.0.";
+    const values_model base{{both + "to_q.weight", random_tensor({4, 4}, 1)},
+        {both + "to_k.weight", random_tensor({4, 4}, 2)}, {both + "to_v.weight", random_tensor({4, 4}, 3)},
+        {both + "to_add_out.weight", random_tensor({4, 4}, 4)}, {one + "attn.to_q.weight", random_tensor({4, 4}, 5)},
+        {one + "attn.to_k.weight", random_tensor({4, 4}, 6)}, {one + "attn.to_v.weight", random_tensor({4, 4}, 7)},
+        {one + "proj_mlp.weight", random_tensor({7, 4}, 8)}, {"norm_out.linear.weight", random_tensor({8, 4}, 9)},
+        {"time_text_embed.timestep_embedder.linear_1.weight", random_tensor({4, 5}, 10)}};
+    struct layer {
+        std::string own;
+        std::vector<std::string> parts; // with the first row of each in the layer's
+        std::vector<std::size_t> first;
+        values_tensor down, up;
+    };
+    std::vector<layer> layers{{"double_blocks.0.img_attn.qkv", {both + "to_q", both + "to_k", both + "to_v"}, {0, 4, 8},
+                                  random_tensor({2, 4}, 20), random_tensor({12, 2}, 21)},
+        {"double_blocks.0.txt_attn.proj", {both + "to_add_out"}, {0}, random_tensor({2, 4}, 22),
+            random_tensor({4, 2}, 23)},
+        {"single_blocks.0.linear1", {one + "attn.to_q", one + "attn.to_k", one + "attn.to_v", one + "proj_mlp"},
+            {0, 4, 8, 12}, random_tensor({2, 4}, 24), random_tensor({19, 2}, 25)},
+        {"time_in.in_layer", {"time_text_embed.timestep_embedder.linear_1"}, {0}, random_tensor({2, 5}, 26),
+            random_tensor({4, 2}, 27)},
+        {"final_layer.adaLN_modulation.1", {"norm_out.linear"}, {4}, random_tensor({2, 4}, 28),
+            random_tensor({8, 2}, 29)}};
+    auto expected = base;
+    values_model kohya, dotted;
+    for (const auto& layer : layers) {
+        const auto stem = "lora_unet_" + underscored(layer.own);
+        kohya[stem + ".lora_down.weight"] = layer.down;
+        kohya[stem + ".lora_up.weight"] = layer.up;
+        kohya[stem + ".alpha"] = {taskvec::dtype::f32, {}, {1}};
+        dotted["diffusion_model." + layer.own + ".lora_A.weight"] = layer.down;
+        dotted["diffusion_model." + layer.own + ".lora_B.weight"] = layer.up;
+        dotted["diffusion_model." + layer.own + ".alpha"] = {taskvec::dtype::f32, {}, {1}};
+        for (std::size_t i = 0; i < layer.parts.size(); ++i) {
+            const auto tensor = layer.parts[i] + ".weight";
+            auto rows = base.at(tensor); // of the up factor; those of norm_out begin in the middle and go round
+            const auto count = static_cast<std::size_t>(rows.shape[0]), all = layer.up.values.size() / 2;
+            rows.shape = {rows.shape[0], 2};
+            rows.values.resize(2 * count);
+            for (std::size_t j = 0; j < 2 * count; ++j) {
+                rows.values[j] = layer.up.values[(2 * layer.first[i] + j) % (2 * all)];
+            }
+            expected[tensor] = added(base.at(tensor), layer.down, rows, 0.5);
+        }
+    }
+    for (const std::string prefix : {"", "transformer."}) {
+        values_model named, named_expected;
+        for (const auto& [name, tensor] : base) { named[prefix + name] = tensor; }
+        for (const auto& [name, tensor] : expected) { named_expected[prefix + name] = tensor; }
+        write_values(folder / "base.safetensors", named);
+        for (const auto* adapter : {&kohya, &dotted}) {
+            write_values(folder / "a.safetensors", *adapter);
+            const auto done = succeed(folder, fuse_it);
+            CHECK(same(read_values(folder / "out.safetensors"), named_expected));
+            CHECK(done.err.find("has 5 modules under the names of FLUX's authors") != std::string::npos);
+        }
+    }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "a.safetensors", kohya);
+    succeed(folder,
+        {"convert", "a.safetensors", "--as", "diffusers", "--base", "base.safetensors", "--out", "d.safetensors"});
+    const auto converted = read_values(folder / "d.safetensors");
+    CHECK(converted.size() == 20);
+    CHECK(converted.contains("transformer." + one + "proj_mlp.lora.up.weight"));
+    succeed(folder, {"fuse", "--base", "base.safetensors", "--adapter", "d.safetensors", "--out", "out.safetensors"});
+    CHECK(same(read_values(folder / "out.safetensors"), expected));
+
+    // What does not fit is no guess, and no module is changed twice.
+    const auto no = [&](const std::vector<std::string>& line, const std::string& words) {
+        refused(folder, line, 1, words);
+    };
+    const std::vector<std::string> fuse{
+        "fuse", "--base", "base.safetensors", "--adapter", "b.safetensors", "--out", "no.safetensors", "--quiet"};
+    auto wrong = kohya;
+    wrong["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = random_tensor({13, 2}, 30);
+    write_values(folder / "b.safetensors", wrong);
+    no(fuse, "is no module of 'base.safetensors': use the base that it was trained on, in the form whose names it has");
+    no({"convert", "b.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "no", "--quiet"},
+        "give the base that it was trained on, in the form whose names it has (a single file, or diffusers')");
+    auto twice = kohya;
+    twice[both + "to_k.lora_down.weight"] = random_tensor({2, 4}, 31);
+    twice[both + "to_k.lora_up.weight"] = random_tensor({4, 2}, 32);
+    write_values(folder / "b.safetensors", twice);
+    no(fuse, "and another of it both mean '" + both + "to_k'");
+}
+
+TEST_CASE("an adapter in PEFT's names behind a single file's prefix folds into diffusers' model")
+{
+    const scratch folder;
+    values_model base, expected, tensors, words;
+    for (const auto& one : unet_modules) {
+        base[one.diffusers + ".weight"] = single_file().at(unet_prefix + one.single + ".weight");
+        expected[one.diffusers + ".weight"] = added(base.at(one.diffusers + ".weight"), down_of(one), up_of(one), 1);
+        tensors[unet_prefix + one.single + ".lora_A.weight"] = down_of(one);
+        tensors[unet_prefix + one.single + ".lora_B.weight"] = up_of(one);
+        words["diffusion_model." + one.single + ".lora_down.weight"] = down_of(one);
+        words["diffusion_model." + one.single + ".lora_up.weight"] = up_of(one);
+    }
+    base["up_blocks.1.attentions.0.norm.weight"] = single_file().at(unet_prefix + "output_blocks.3.1.norm.weight");
+    expected["up_blocks.1.attentions.0.norm.weight"] = base.at("up_blocks.1.attentions.0.norm.weight");
+    write_values(folder / "base.safetensors", base);
+    write_adapter_as(folder / "a", tensors, {{"lora_alpha", 2}});
+    succeed(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "out.safetensors"});
+    CHECK(same(read_values(folder / "out.safetensors"), expected));
+    write_values(folder / "a.safetensors", words);
+    succeed(folder, fuse_it);
+    CHECK(same(read_values(folder / "out.safetensors"), expected));
 }

@@ -6,6 +6,7 @@
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/formats/adapter_file.hpp>
 #include <taskvec/formats/diffusion_names.hpp>
+#include <taskvec/formats/flux_names.hpp>
 #include <taskvec/formats/mlx_settings.hpp>
 
 #include <algorithm>
@@ -136,6 +137,30 @@ struct prefix_meaning {
     return !here.numbered && !there.numbered && here.towers == there.towers;
 }
 
+/// The modules of a base that a name with underscores ends in, behind something that tells no layer or tower and goes
+/// into `off`: transformers 5 saves a CLIPTextModel without the "text_model." that it has before its names elsewhere.
+/// `names` are the base's, each with underscores and as it is.
+[[nodiscard]] inline std::vector<std::string> behind_underscores(
+    std::string_view key, const std::vector<std::pair<std::string, std::string>>& names, std::string& off)
+{
+    std::vector<std::string> found;
+    std::size_t longest = 0;
+    for (const auto& [underscored, name] : names) {
+        const bool ends = key.size() > underscored.size() && key.ends_with(underscored)
+            && key[key.size() - underscored.size() - 1] == '_';
+        if (!ends || underscored.size() < longest || name.find('.') == name.npos) { continue; }
+        if (underscored.size() > longest) { found.clear(); }
+        longest = underscored.size();
+        found.push_back(name);
+    }
+    if (found.empty()) { return found; }
+    off = std::string(key.substr(0, key.size() - longest));
+    auto dotted = off;
+    std::replace(dotted.begin(), dotted.end(), '_', '.');
+    if (!may_replace(dotted, "")) { found.clear(); }
+    return found;
+}
+
 /// match_modules() of names that no wrapper has changed.
 [[nodiscard]] inline module_match match_plain_modules(
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
@@ -204,19 +229,21 @@ struct prefix_meaning {
                     ending.push_back(name);
                 }
             }
+            std::string off;
+            const bool flat = module.find('.') == module.npos;
+            if (flat && whole.empty() && ending.empty()) { whole = detail::behind_underscores(key, names, off); }
             const auto& found = whole.empty() ? ending : whole;
             if (found.size() == 1) {
                 match.tensors.emplace(module, found[0] + std::string(suffix));
                 change(with_dots);
+                if (!off.empty()) { change("'" + off + "' taken off"); }
             }
             else {
                 if (!found.empty()) { match.doubtful[module] = found; }
                 still.push_back(module);
             }
         }
-        match.unmatched = std::move(still);
-        match.unmatched.insert(match.unmatched.end(), none.begin(), none.end());
-        return match;
+        left = std::move(still); // ComfyUI's have dots, and prefixes
     }
     // diffusers: components, processors, and the list that to_out is
     std::vector<std::string> still;
@@ -692,6 +719,17 @@ template <arithmetic_element T>
 
 } // namespace detail
 
+/// What messages say behind "use the base that it was trained on" of a module that no base's is: models of images have
+/// other names, and other tensors, in single files and in diffusers. Empty for other models' modules.
+///
+///     form_of_base("lora_unet_double_blocks_0_img_attn_qkv") // ", in the form whose names …"
+[[nodiscard]] inline std::string_view form_of_base(std::string_view module) noexcept
+{
+    const bool of_images = !detail::kohya_component_of(module).prefix.empty()
+        || module.starts_with(detail::single_file_unet) || module.starts_with(detail::comfyui_unet);
+    return of_images ? ", in the form whose names it has (a single file, or diffusers')" : "";
+}
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
 /// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
 /// others do not deny it.
@@ -713,7 +751,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                 base.find(module + ".in_proj_weight")
                     ? message(", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: ",
                           detail::fold_with_peft)
-                    : message(": use the base that it was trained on, ",
+                    : message(": use the base that it was trained on", form_of_base(module), ", ",
                           traits.renaming.empty() ? ""
                                                   : message("say what it is called there (", traits.renaming, "), "),
                           "or leave such modules out")));

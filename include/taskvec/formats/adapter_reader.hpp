@@ -42,6 +42,7 @@ public:
     /// Throws what read_adapter() throws.
     [[nodiscard]] adapter_contents<T> read()
     {
+        if (configuration_) { check_peft_type(adapter_.config, config_name_); } // whose tensors are called otherwise
         tensors_ = adapter_sorter(file_).sort();
         modules_ = tensors_.modules();
         adapter_.dialect = tensors_.dialect;
@@ -96,7 +97,7 @@ private:
     }
     [[noreturn]] void refuse_empty() const
     {
-        if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // another kind is said by its name
+        if (has_peft_config()) { check_foldable(adapter_.config, config_name_); } // what else it is, is said by name
         const auto type = adapter_.config.find("fine_tune_type");
         const bool full = type != adapter_.config.end() && *type == "full";
         refuse_(error_code::adapter_tensors, "holds no factors of an adapter",
@@ -238,8 +239,8 @@ private:
     /// Takes out what PEFT does nothing with.
     void leave_out()
     {
-        auto out = modules_left_out(
-            adapter_.config, modules_, [&](const std::string& module) { return !parameters_.of(module).empty(); });
+        auto out = modules_left_out(adapter_.config, config_name_, modules_,
+            [&](const std::string& module) { return !parameters_.of(module).empty(); });
         for (const auto& module : out) { adapter_.modules.erase(module); }
         // Of a head that is tied PEFT saves the embedding's factors once more: nothing is lost with them.
         std::erase_if(out, [&](const auto& module) { return is_tied_head(adapter_.config, module); });

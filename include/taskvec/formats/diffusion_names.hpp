@@ -105,6 +105,8 @@ inline constexpr std::array<text_encoder_place, 5> text_encoder_places{
         {"cond_stage_model.model.", "text_encoder", true}, {"conditioner.embedders.0.model.", "text_encoder_2", true},
         {"conditioner.embedders.1.model.", "text_encoder_2", true}}};
 inline constexpr std::string_view single_file_unet = "model.diffusion_model.";
+/// What ComfyUI puts before its modules in adapters.
+inline constexpr std::string_view comfyui_unet = "diffusion_model.";
 
 [[nodiscard]] inline std::vector<std::string_view> segments_of(std::string_view name)
 {
@@ -263,6 +265,11 @@ struct component_name {
 };
 [[nodiscard]] inline component_name split_component(std::string_view module, adapter_dialect dialect)
 {
+    for (const std::string_view prefix : {single_file_unet, comfyui_unet}) {
+        if (module.size() > prefix.size() && module.starts_with(prefix)) {
+            return {"unet", module.substr(prefix.size())};
+        }
+    }
     if (dialect == adapter_dialect::kohya) {
         const auto named = kohya_component_of(module);
         return {named.diffusers, module.substr(named.prefix.size())};

@@ -6,7 +6,7 @@
 #include <taskvec/adapters/adapter.hpp>
 #include <taskvec/core/overflow.hpp>
 #include <taskvec/formats/checkpoint.hpp>
-#include <taskvec/formats/name_pattern.hpp>
+#include <taskvec/formats/python_pattern.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
 #include <algorithm>
@@ -109,7 +109,7 @@ class peft_patterns {
 public:
     struct pattern {
         std::string key;
-        name_pattern matcher;
+        python_pattern matcher;
         double value = 0;
         bool used = false;
     };
@@ -136,7 +136,7 @@ public:
     {
         bool found = false;
         for (auto& one : patterns_) {
-            if (!one.matcher.matches(module)) { continue; }
+            if (!one.matcher.begins(module)) { continue; }
             one.used = true;
             if (!found) {
                 otherwise = one.value;
@@ -159,21 +159,11 @@ public:
     }
 
 private:
-    static name_pattern compile(const std::string& key, std::string_view field, const std::string& file)
+    static python_pattern compile(const std::string& key, std::string_view field, const std::string& file)
     {
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            return name_pattern("(.*\\.)?(" + key + ")");
-        }
-        catch (const invalid_argument& problem) {
-            raise<format_error>(
-                error_code::adapter_config, message(field, " has the key '", key, "': ", problem.what()), file);
-        }
-#else
-        (void)field;
-        (void)file;
-        return name_pattern("(.*\\.)?(" + key + ")");
-#endif
+        return python_pattern("(.*\\.)?(" + key + ")$",
+            {file, message(field, " has the key '", key, "'"),
+                "write a key for each of the modules that are meant, of their names alone"});
     }
     std::vector<pattern> patterns_;
 };
@@ -280,6 +270,25 @@ inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_
         {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
         {"monteclora_config", "its factors are random variables"}}};
 
+/// Why no change of weights stands for an adapter of a kind, and what to do with one; empty: PEFT makes one, by
+/// merge_and_unload().
+[[nodiscard]] inline std::string_view unmergeable_kind(std::string_view type) noexcept
+{
+    for (const std::string_view kind :
+        {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}) {
+        if (type == kind) {
+            return "it is learnt input and changes no weight, so that there is nothing to fold, extract or merge; load "
+                   "it beside its base with PEFT (PeftModel.from_pretrained)";
+        }
+    }
+    for (const std::string_view kind : {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}) {
+        if (type == kind) {
+            return "what it does depends on the input, so that no change of weights stands for it; "
+                   "load it beside its base with PEFT (PeftModel.from_pretrained)";
+        }
+    }
+    return {};
+}
 /// The kind of adapter that a configuration names; LORA where it names none.
 [[nodiscard]] inline std::string peft_type_of(const nlohmann::json& config)
 {
@@ -312,35 +321,41 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     }
 }
 
-/// Whether a field that names modules names one: by a regular expression of the whole name, or by a list of names and
-/// their dotted ends. Nothing where that cannot be told: the field is absent, empty, of PEFT's own words
-/// ("all-linear"), or an expression that is not understood here.
-[[nodiscard]] inline std::optional<bool> names_module(
-    const peft_fields& fields, const char* field, const std::string& module)
-{
-    const auto* const given = fields.find(field);
-    if (!given || !fields.says_something(field)) { return std::nullopt; }
-    if (given->is_string()) {
-        const auto& text = given->get_ref<const std::string&>();
-        if (text == "all-linear") { return std::nullopt; }
-#if !defined(TASKVEC_NO_EXCEPTIONS)
-        try {
-            return name_pattern(text).matches(module);
-        }
-        catch (const invalid_argument&) { // Python's expressions know more
-            return std::nullopt;
-        }
-#else
-        return name_pattern(text).matches(module);
-#endif
+/// The modules that a field of a configuration names: by a regular expression of the whole name, or by a list of names
+/// and their dotted ends. Throws format_error for expressions that are not understood.
+class named_modules {
+public:
+    /// Refers to the configuration. `file` is where it is, for messages.
+    named_modules(const peft_fields& fields, const char* field, const std::string& file)
+        : given_(fields.says_something(field) ? fields.find(field) : nullptr)
+    {
+        if (!given_ || !given_->is_string()) { return; }
+        const auto& text = given_->get_ref<const std::string&>();
+        auto lower = text;
+        std::transform(lower.begin(), lower.end(), lower.begin(),
+            [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
+        if (lower == "all-linear") { return; }
+        pattern_.emplace(text,
+            python_pattern::complaint{
+                file, message(field, " is '", text, "'"), "write the list of the modules' names in its place"});
     }
-    if (!given->is_array()) { return std::nullopt; }
-    return std::any_of(given->begin(), given->end(), [&](const auto& one) {
-        if (!one.is_string()) { return false; }
-        const auto& name = one.template get_ref<const std::string&>();
-        return module == name || module.ends_with("." + name);
-    });
-}
+    /// Whether a module is one of them. Nothing where that cannot be told: the field is absent, empty, or of PEFT's own
+    /// words ("all-linear").
+    [[nodiscard]] std::optional<bool> contain(const std::string& module) const
+    {
+        if (pattern_) { return pattern_->matches(module); }
+        if (!given_ || !given_->is_array()) { return std::nullopt; }
+        return std::any_of(given_->begin(), given_->end(), [&](const auto& one) {
+            if (!one.is_string()) { return false; }
+            const auto& name = one.template get_ref<const std::string&>();
+            return module == name || module.ends_with("." + name);
+        });
+    }
+
+private:
+    const nlohmann::json* given_;
+    std::optional<python_pattern> pattern_{};
+};
 /// The number of the layer that a module is in, to PEFT: that behind the first of the lists `layers_pattern` names, or,
 /// where it names none, behind whatever comes second in the name.
 [[nodiscard]] inline std::optional<std::int64_t> layer_for_peft(
@@ -373,16 +388,33 @@ void check_lora_initialization(const peft_fields& fields, const Refuse& refuse)
     }
     return std::nullopt;
 }
+/// Refuses a layers_pattern that is more than the names of lists of layers: PEFT has it in an expression of its own.
+inline void check_layers_pattern(const peft_fields& fields, const std::string& file)
+{
+    const auto* const given = fields.find("layers_pattern");
+    if (!given) { return; }
+    for (const auto& one : given->is_array() ? *given : nlohmann::json::array({*given})) {
+        if (!one.is_string()) { continue; }
+        const auto& text = one.get_ref<const std::string&>();
+        if (text.find_first_of("\\^$|?*+()[]{}") == text.npos) { continue; }
+        raise<format_error>(error_code::adapter_config,
+            message("layers_pattern is '", text,
+                "': of regular expressions there, names alone are understood here; write the list's name (\"layers\"), "
+                "or "
+                "the whole names of the modules into target_modules"),
+            file);
+    }
+}
 /// The modules of an adapter's file that PEFT does nothing with, as the configuration leaves them out: by
 /// exclude_modules, by target_modules that do not name them, or by layers_to_transform. `is_parameter(module)`: those
 /// of target_parameters are none of these. Empty where target_modules names none at all: the names are then another
-/// model's, and PEFT loads nothing of it.
+/// model's, and PEFT loads nothing of it. Throws format_error for expressions that are not understood, of `file`.
 template <class IsParameter>
-[[nodiscard]] std::vector<std::string> modules_left_out(
-    const nlohmann::json& config, const std::vector<std::string>& modules, const IsParameter& is_parameter)
+[[nodiscard]] std::vector<std::string> modules_left_out(const nlohmann::json& config, const std::string& file,
+    const std::vector<std::string>& modules, const IsParameter& is_parameter)
 {
-    const std::string nowhere;
-    const peft_fields fields(config, nowhere);
+    const peft_fields fields(config, file);
+    const named_modules named(fields, "target_modules", file), excluded(fields, "exclude_modules", file);
     std::set<std::int64_t> layers;
     if (const auto* const given = fields.find("layers_to_transform")) {
         const auto add = [&](const nlohmann::json& one) {
@@ -393,15 +425,15 @@ template <class IsParameter>
             add(*given);
         }
     }
+    if (!layers.empty()) { check_layers_pattern(fields, file); }
     const auto* const targets = fields.find("target_modules");
     std::vector<std::string> out;
     bool any = false;
     for (const auto& module : modules) {
         if (is_parameter(module)) { continue; }
-        const auto named = names_module(fields, "target_modules", module);
-        bool in = named.value_or(true);
+        bool in = named.contain(module).value_or(true);
         any = any || in;
-        if (names_module(fields, "exclude_modules", module).value_or(false)) { in = false; }
+        if (excluded.contain(module).value_or(false)) { in = false; }
         const bool by_whole_name =
             targets && targets->is_array() && std::find(targets->begin(), targets->end(), module) != targets->end();
         const bool by_list = !targets || targets->is_array();
@@ -443,6 +475,9 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
         const bool convertible = *type == "ADALORA" || *type == "LOHA" || *type == "LOKR";
         const auto what = "peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type));
         if (convertible) { refuse_to(options.convert_word, what, "another kind of adapter"); }
+        if (const auto why = unmergeable_kind(peft_type_of(config)); !why.empty()) {
+            raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why), file);
+        }
         refuse(what, "another kind of adapter");
     }
 
@@ -709,7 +744,7 @@ template <arithmetic_element T = float>
     alphas.check_used("alpha_pattern", config_file);
     std::vector<std::string> modules;
     for (const auto& one : pairs) { modules.push_back(one.first); }
-    const auto out = detail::modules_left_out(adapter.config, modules,
+    const auto out = detail::modules_left_out(adapter.config, config_file, modules,
         [&](const std::string& module) { return detail::is_tied_head(adapter.config, module); });
     if (!out.empty()) {
         adapter.notes.push_back(detail::left_out_words("'" + adapter.label + "'", out, modules.size()));

@@ -17,6 +17,19 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
+/// Refuses configurations of kinds of adapters that are not read, by the kind's name.
+inline void check_peft_type(const nlohmann::json& config, const std::string& file)
+{
+    const peft_fields fields(config, file);
+    const auto* const type = fields.find("peft_type");
+    if (!type || *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA") { return; }
+    const auto name = type->is_string() ? type->get<std::string>() : fields.shown(*type);
+    const auto why = unmergeable_kind(name);
+    raise<format_error>(error_code::adapter_unsupported,
+        why.empty() ? message("peft_type ", name, ": another kind of adapter; ", fold_with_peft)
+                    : message("peft_type ", name, ": ", why),
+        file);
+}
 /// Refuses configurations of PEFT whose update is none that can be folded, each by name.
 inline void check_foldable(const nlohmann::json& config, const std::string& file)
 {
@@ -24,13 +37,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
     const auto refuse = [&](std::string_view what, std::string_view why) {
         raise<format_error>(error_code::adapter_unsupported, message(what, ": ", why, "; ", fold_with_peft), file);
     };
-    if (const auto* type = fields.find("peft_type")) {
-        const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
-        if (!known) {
-            refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
-                "another kind of adapter");
-        }
-    }
+    check_peft_type(config, file);
     check_lora_initialization(fields, refuse);
     for (const auto& [field, why] : beyond_updates) {
         const bool parameters = std::string_view(field) == "target_parameters" && peft_type_of(config) == "LORA";
