@@ -393,6 +393,11 @@ adapter_sum::tied_modules adapter_sum::prepare(
             layers != config.end() && layers->is_number_integer() ? std::optional(layers->get<std::int64_t>())
                                                                   : std::nullopt);
     }
+    if (!how.excluded.empty()) { // what an adapter calls otherwise than the base may be left out by its own name
+        const auto keeps = name_filter({}, how.excluded);
+        std::erase_if(read.modules, [&](const auto& one) { return !keeps(one.first + ".weight"); });
+        std::erase_if(read.wholes, [&](const auto& one) { return !keeps(one.first); });
+    }
     return untie(read, how, run);
 }
 

@@ -96,6 +96,7 @@ public:
         std::function<bool(std::string_view)>
             include{}; ///< modules without a weight in the base that it leaves out are no error
         std::vector<std::string> included{}; ///< the patterns of --include, for the error where nothing is left
+        std::vector<std::string> excluded{}; ///< those of --exclude: of names of the adapter's own too
         name_rules names{}; ///< of modules and whole tensors, by the texts of the arguments
         bool fan_in_fan_out = false; ///< square weights lie in×out
         bool subtract = false;

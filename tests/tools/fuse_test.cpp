@@ -1647,3 +1647,38 @@ TEST_CASE("beside an embedding that grew others change the rows that they know, 
     CHECK(found.at("model.embed_tokens.weight").values == resized_words.values);
     CHECK(found.at("lm_head.weight").values == resized_head.values);
 }
+
+TEST_CASE("what an adapter calls otherwise than the base is left out by its own name")
+{
+    const scratch folder;
+    const std::string module = "text_model.encoder.layers.0.mlp.fc1";
+    const auto weight = random_tensor({6, 4}, 1);
+    write_values(folder / "base.safetensors", {{module + ".weight", weight}});
+    for (const bool kohya : {false, true}) {
+        values_model tensors;
+        const auto first = factors(module, 6, 4, 10), second = factors(module, 6, 4, 20);
+        const auto add = [&](const values_model& pair, const std::string& component, const std::string& number) {
+            const auto stem = kohya ? "lora_te" + number + "_text_model_encoder_layers_0_mlp_fc1" : component + module;
+            tensors[stem + (kohya ? ".lora_down.weight" : ".lora_A.weight")] = pair.at(module + ".lora_A.weight");
+            tensors[stem + (kohya ? ".lora_up.weight" : ".lora_B.weight")] = pair.at(module + ".lora_B.weight");
+        };
+        add(first, "text_encoder.", "1");
+        add(second, "text_encoder_2.", "2");
+        write_values(folder / "a.safetensors", tensors);
+        std::vector<std::string> line{
+            "fuse", "--base", "base.safetensors", "--adapter", "a.safetensors", "--out", "out.safetensors", "--quiet"};
+        refused(folder, line, 1, "may both mean");
+        for (const bool other : {false, true}) {
+            auto excluding = line;
+            excluding.insert(excluding.end(),
+                {"--exclude",
+                    kohya ? (other ? "^lora_te2_" : "^lora_te1_")
+                          : (other ? "^text_encoder_2\\." : "^text_encoder\\.")});
+            const auto done = run(folder, excluding);
+            REQUIRE_MESSAGE(done.code == 0, done.err);
+            const auto& kept = other ? first : second;
+            CHECK(read_values(folder / "out.safetensors").at(module + ".weight").values
+                == added(weight, kept.at(module + ".lora_A.weight"), kept.at(module + ".lora_B.weight"), 1).values);
+        }
+    }
+}
