@@ -859,3 +859,32 @@ TEST_CASE("XLabs' factors, and a GGUF adapter of another number of heads, are re
     refused(folder, {"fuse", "--base", "two", "--adapter", "a.gguf", "--out", "no"}, 1,
         "says that its model has 4 heads of attention");
 }
+
+TEST_CASE("square experts of Llama 4 are changed as PEFT sees them, by their columns as inputs")
+{
+    const scratch folder;
+    constexpr std::size_t experts = 2, rank = 2;
+    const auto n = [](std::size_t x) { return static_cast<std::int64_t>(x); };
+    for (const bool llama4 : {true, false}) {
+        const std::string owner = std::string("layers.0.") + (llama4 ? "feed_forward" : "mlp") + ".experts";
+        // in×out, as both lie: down_proj is square with 4 of both, gate_up_proj with 2.
+        for (const std::size_t inner : {4u, 2u}) {
+            const auto down = random_tensor({2, n(inner), 4}, 1), both = random_tensor({2, 4, n(2 * inner)}, 2);
+            const std::string name = owner + (inner == 4 ? ".down_proj" : ".gate_up_proj");
+            write_values(folder / "base.safetensors", {{owner + ".gate_up_proj", both}, {owner + ".down_proj", down}});
+            const values_model tensors{{owner + ".lora_A.weight", random_tensor({n(experts * rank), 4}, 3)},
+                {owner + ".lora_B.weight", random_tensor({4, n(experts * rank)}, 4)}};
+            write_adapter_as(folder / "a", tensors, {{"target_parameters", {name.substr(name.find("experts"))}}});
+            const auto &a = tensors.at(owner + ".lora_A.weight"), &b = tensors.at(owner + ".lora_B.weight");
+            check_changed(fused_model(folder, "a").at(name), inner == 4 ? down : both, [&](std::size_t index) {
+                const auto e = index / 16, row = index / 4 % 4, column = index % 4;
+                const auto out = llama4 ? row : column, in = llama4 ? column : row;
+                double sum = 0;
+                for (std::size_t k = 0; k < rank; ++k) {
+                    sum += entry(b, out, k * experts + e) * entry(a, e * rank + k, in);
+                }
+                return 0.5 * sum;
+            });
+        }
+    }
+}

@@ -648,11 +648,13 @@ template <arithmetic_element T>
 
 namespace detail {
 
-/// Whether the matrices of a stack of experts lie in×out, as those of gpt-oss and Llama 4 do, by the shapes of
-/// gate_up_proj and down_proj beside one another; nothing where they do not tell.
+/// Whether PEFT takes the matrices of a stack of experts for in×out, as those of gpt-oss lie, by the shapes of
+/// gate_up_proj and down_proj beside one another; nothing where they do not tell. Llama 4's (feed_forward.experts) lie
+/// so too, and transformers does not say it of them: PEFT takes their columns for inputs.
 [[nodiscard]] inline std::optional<bool> experts_lie_in_by_out(const const_model_ref& base, const std::string& tensor)
 {
     const auto owner = tensor.substr(0, tensor.rfind('.') + 1);
+    if (("." + owner).ends_with(".feed_forward.experts.")) { return false; }
     const auto *const both = base.find(owner + "gate_up_proj"), *const down = base.find(owner + "down_proj");
     if (!both || !down || both->shape.size() != 3 || down->shape.size() != 3) { return std::nullopt; }
     const bool plain = both->shape[2] == down->shape[1] && both->shape[1] == 2 * down->shape[2],
