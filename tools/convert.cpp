@@ -109,6 +109,13 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
         }
         const auto& tensor = match.tensors.at(module);
         taskvec::take_shape(made, *model.find(tensor), adapter.dialect);
+        const auto part = match.diffusion.find(module);
+        taskvec::check_shape(made, *model.find(tensor),
+            {.tensor = tensor,
+                .module = module,
+                .label = adapter.label,
+                .blocks = part == match.diffusion.end() ? 1 : part->second.blocks,
+                .may_grow = tool::is_head(tensor) || tool::is_embedding(tensor)});
         auto name = tensor.substr(0, tensor.size() - 7);
         if (const auto known = match.diffusion.find(module); known != match.diffusion.end()) {
             name = name_of(known->second, given.as);

@@ -988,3 +988,31 @@ TEST_CASE("MLX's embedding is the head that is tied to it, and its DoRA has a ma
     refused(folder, {"convert", "of_dimensions", "--as", "mlx", "--out", "no", "--quiet"}, 1,
         "a magnitude for each dimension");
 }
+
+TEST_CASE("convert refuses a base whose weights are not of its modules' shapes")
+{
+    const scratch folder;
+    const auto base_of = [&](taskvec::extents q, taskvec::extents conv, taskvec::extents words) {
+        write_values(folder / "base.safetensors",
+            {{"layers.0.q.weight", random_tensor(std::move(q), 1)}, {"conv.weight", random_tensor(std::move(conv), 2)},
+                {"model.embed_tokens.weight", random_tensor(std::move(words), 3)}});
+    };
+    auto tensors = factors("layers.0.q", 6, 4, 4);
+    tensors["conv.lora_A.weight"] = random_tensor({2, 4, 3, 3}, 6);
+    tensors["conv.lora_B.weight"] = random_tensor({5, 2, 1, 1}, 7);
+    tensors["model.embed_tokens.lora_embedding_A"] = random_tensor({2, 11}, 8);
+    tensors["model.embed_tokens.lora_embedding_B"] = random_tensor({4, 2}, 9);
+    write_adapter_as(folder / "a", tensors);
+    const std::vector<std::string> line{"convert", "a", "--as", "peft", "--base", "base.safetensors", "--out", "out"};
+    base_of({6, 4}, {5, 4, 3, 3}, {11, 4});
+    must_run(folder, line);
+    base_of({4, 6}, {5, 4, 3, 3}, {8, 4}); // in×out, and before tokens were added
+    must_run(folder, line);
+    const auto no = [&](const std::string& words) { refused(folder, line, 1, words); };
+    base_of({6, 8}, {5, 4, 3, 3}, {11, 4});
+    no("'layers.0.q.weight' has shape [6, 8], and the update of module 'layers.0.q' in 'a' is 6×4");
+    base_of({6, 4}, {5, 4, 1, 9}, {11, 4});
+    no("'conv.weight' has shape [5, 4, 1, 9]");
+    base_of({6, 4}, {5, 4, 3, 3}, {12, 4});
+    no("'model.embed_tokens.weight' has shape [12, 4]");
+}

@@ -576,6 +576,32 @@ void take_shape(adapted_module<T>& made, const const_tensor_ref& to, adapter_dia
     }
 }
 
+/// What check_shape() is told of a module and its weight.
+struct shape_check {
+    const std::string &tensor, &module, &label; ///< the names of the weight, the module and the adapter, for messages
+    std::size_t blocks = 1; ///< how many modules the weight is, one below the other
+    bool may_grow = false; ///< the update may have more rows, of tokens that were added
+};
+/// Throws shape_mismatch for a module that is not of the shape of its weight in a base, either way round, or of another
+/// kernel. Of weights that are packed, and so of no shape of their own, nothing is said.
+///
+///     check_shape(made, *base.find(tensor), {.tensor = tensor, .module = module, .label = adapter.label});
+template <arithmetic_element T>
+void check_shape(const adapted_module<T>& made, const const_tensor_ref& to, const shape_check& of)
+{
+    if (!is_storage(to.dtype) && !is_fp8(to.dtype)) { return; }
+    detail::check_kernel(made, to, of.tensor, of.module, of.label);
+    const auto sides = adapted_model::sides(to.shape, to.size(of.tensor));
+    const std::size_t rows = sides.first / std::max<std::size_t>(of.blocks, 1), columns = sides.second,
+                      out = made.update.out(), in = made.update.in();
+    const bool fits = columns == in && (rows == out || (of.may_grow && rows < out)),
+               turned = to.shape.size() == 2 && columns == out && (rows == in || (of.may_grow && rows < in));
+    if (fits || turned) { return; }
+    raise<shape_mismatch>(error_code::adapter_shape,
+        message("tensor '", of.tensor, "' has shape ", to_string(to.shape), ", and the update of module '", of.module,
+            "' in ", of.label, " is ", out, "×", in, ": this adapter belongs to another base"));
+}
+
 /// A module's name in its model, with the component that `module` names, as diffusers calls it, before it; none where
 /// that names none.
 [[nodiscard]] inline std::string with_component_of(std::string_view module, const std::string& name)
