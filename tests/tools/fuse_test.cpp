@@ -1682,3 +1682,24 @@ TEST_CASE("what an adapter calls otherwise than the base is left out by its own 
         }
     }
 }
+
+TEST_CASE("one adapter with two namings is two adapters, which are written differently")
+{
+    const scratch folder;
+    const auto base = two_layers();
+    write_values(folder / "base.safetensors",
+        {{"layers.0.weight", base.at("layers.1.weight")}, {"layers.1.weight", base.at("layers.1.weight")}});
+    const auto pair = factors("layers.0", 20, 20, 10);
+    write_adapter_as(folder / "a", pair);
+    std::vector<std::string> line{"fuse", "--base", "base.safetensors", "--adapter", "a", "--adapter", "a", "--rename",
+        R"(layers\.0=layers.1)", "--out", "out.safetensors"};
+    refused(folder, line, 2, "write them differently, as 'a' and './a'");
+    line[6] = "./a";
+    const auto done = run(folder, line);
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const auto changed =
+        added(base.at("layers.1.weight"), pair.at("layers.0.lora_A.weight"), pair.at("layers.0.lora_B.weight"), 0.5);
+    const auto found = read_values(folder / "out.safetensors");
+    CHECK(found.at("layers.0.weight").values == changed.values);
+    CHECK(found.at("layers.1.weight").values == changed.values);
+}
