@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <type_traits>
@@ -75,7 +76,31 @@ void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<nam
     under(adapter.copies);
 }
 
+/// Whether a tensor of a base has the bytes of one that an adapter carries.
+bool holds_same(const taskvec::const_tensor_ref& base, const taskvec::peft_tensor& own)
+{
+    return base.dtype == own.dtype && base.shape == own.shape && base.data
+        && std::memcmp(base.data, own.bytes.data(), own.bytes.size()) == 0;
+}
+
+/// Whether a tensor's first rows are another's.
+bool begins_with(const taskvec::const_tensor_ref& tensor, const taskvec::const_tensor_ref& rows)
+{
+    return rows.data && std::memcmp(tensor.data, rows.data, rows.bytes()) == 0;
+}
+
 } // namespace
+
+/// Refuses what an adapter holds whole of a tensor that another has brought with more rows.
+void adapter_sum::refuse_second(const std::string& tensor, const grown_tensor& grown, const std::string& label,
+    std::int64_t rows, const std::string& base_label)
+{
+    taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
+        taskvec::message("'", tensor, "' has ", grown.now.shape[0], " rows in ", grown.label, ", ", rows, " in ", label,
+            " and ", grown.before.shape[0], " in ", base_label,
+            ": rows that were added may be other tokens' in each; fold each adapter into the base by itself, and merge "
+            "the models by their tokenizers (taskvec merge --vocabulary union)"));
+}
 
 std::uint64_t adapter_sum::bytes() const
 {
@@ -89,13 +114,44 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
     : base_(base.model())
 {
     check_no_factors(base, how.include);
+    std::vector<tied_modules> tied;
     for (const auto& argument : arguments) {
         files_.push_back(open_adapter(argument.path));
         if (holds_f64(files_.back())) { adapters_.emplace_back(taskvec::read_adapter<double>(argument.path)); }
         else {
             adapters_.emplace_back(taskvec::read_adapter<float>(argument.path));
         }
-        std::visit([&](auto& read) { add(read, argument, how, run); }, adapters_.back());
+        std::visit([&](auto& read) { tied.push_back(prepare(read, argument, how, run)); }, adapters_.back());
+    }
+    // Which tensors the base has, and how large they are, is known once all have been read: then they are added.
+    std::vector<taskvec::module_match> matches;
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+        std::visit(
+            [&](auto& read) {
+                spread_tied(read, tied[i], how.base_path);
+                matches.push_back(line_up(read, how, run));
+            },
+            adapters_[i]);
+    }
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+        std::visit(
+            [&](auto& read) {
+                if (how.may_untie) {
+                    take_grown_vocabulary(read, matches[i], arguments[i].weight, how.base_label(), run);
+                }
+                else {
+                    refuse_grown_vocabulary(read, matches[i], arguments[i], how);
+                }
+            },
+            adapters_[i]);
+    }
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+        std::visit(
+            [&](auto& read) {
+                fit_grown_vocabulary(read, matches[i], how.base_label());
+                add(read, matches[i], arguments[i], how, run);
+            },
+            adapters_[i]);
     }
     if (changes_.empty() && taken_.empty()) {
         std::vector<std::string> names;
@@ -163,28 +219,6 @@ std::string module_called(const taskvec::adapter_contents<T>& read, const std::s
     return "";
 }
 
-template <class T>
-bool same_entries(const taskvec::matrix<T>& x, const taskvec::matrix<T>& y, bool turned = false)
-{
-    if (x.rows() != (turned ? y.cols() : y.rows()) || x.cols() != (turned ? y.rows() : y.cols())) { return false; }
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) {
-            if (x(i, j) != (turned ? y(j, i) : y(i, j))) { return false; }
-        }
-    }
-    return true;
-}
-/// Whether two modules change one matrix alike. `turned`: the first is factored as an embedding, the second is not.
-template <class T>
-bool same_change(const taskvec::adapted_module<T>& x, const taskvec::adapted_module<T>& y)
-{
-    const bool turned = x.embedding != y.embedding;
-    return x.update.scaling == y.update.scaling
-        && (turned ? x.magnitude.empty() && y.magnitude.empty() : x.magnitude == y.magnitude)
-        && same_entries(x.update.a, turned ? y.update.b : y.update.a, turned)
-        && same_entries(x.update.b, turned ? y.update.a : y.update.b, turned);
-}
-
 /// Modules that are one matrix of the base under several names, made one.
 template <class T>
 void adapter_sum::join_copies(
@@ -219,9 +253,12 @@ void adapter_sum::join_copies(
 /// An adapter of a head that is tied to the embedding, or of the embedding, changes one of the two: unless it says that
 /// they stay one, or changes both alike, the head becomes a tensor of its own.
 template <class T>
-void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
+adapter_sum::tied_modules adapter_sum::untie(
+    taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
 {
-    const auto tie = tied_matrix_of(config_beside(how.base_path), base_);
+    auto tie = tied_matrix_of(config_beside(how.base_path), base_);
+    tie.tied = tie.tied || untied_; // one was tied, until another adapter changed it
+    if (!parted_.empty()) { tie.copies = parted_; }
     const std::string base_label = how.base_label();
     const auto names_of = [&](const auto& matches) {
         std::string found;
@@ -246,7 +283,7 @@ void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how,
         read.modules.insert(std::move(node));
         head = tie.head;
     }
-    if (tie.embedding.empty()) { return; }
+    if (tie.embedding.empty()) { return {}; }
     join_copies(read, tie, base_label);
     const auto is_embedding_module = [&](const std::string& name) {
         return last(name) == last(tie.embedding) || name == tie.embedding;
@@ -263,20 +300,32 @@ void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how,
         leave_out(head, (tie.head_stored ? tie.head : head) + ".weight");
         leave_out(adapted, tie.embedding + ".weight");
     }
-    if (head.empty() && adapted.empty()) { return; }
-    if (!tie.tied && (tie.head_stored || head.empty())) { return; }
-    // T5 and BART read the matrix under other names than its own: it changes under all of them.
-    if (head.empty() && !tie.copies.empty()) { return; }
+    if (head.empty() && adapted.empty()) { return {}; }
     const auto one = read.modules.find(head), other = read.modules.find(adapted);
-    const bool alike =
-        one != read.modules.end() && other != read.modules.end() && same_change(other->second, one->second);
-    if (read.tied || alike) {
+    const bool both = one != read.modules.end() && other != read.modules.end();
+    // DoRA's norms are those of dimensions in one of the two, and of entries in the other.
+    const bool rescaled = both && one->second.embedding != other->second.embedding
+        && !(one->second.magnitude.empty() && other->second.magnitude.empty());
+    if (read.tied && tie.tied && head.empty() && other != read.modules.end() && other->second.embedding
+        && !other->second.magnitude.empty()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_missing,
+            taskvec::message("module '", adapted, "' of ", read.label, " is DoRA's, and '", tie.head,
+                "', which is tied to it (ensure_weight_tying), has magnitudes of its own, which target_modules of its ",
+                taskvec::peft_config_name, " leaves out: add '", last(tie.head), "' to target_modules"));
+    }
+    // MLX's embedding is the head, with all that is done to it.
+    const bool says_one = (read.tied && !rescaled) || (read.dialect == taskvec::adapter_dialect::mlx && head.empty());
+    if (!tie.tied && (tie.head_stored || head.empty())) { return {adapted, head, says_one && !tie.head_stored}; }
+    // T5 and BART read the matrix under other names than its own: it changes under all of them.
+    if (head.empty() && !tie.copies.empty()) { return {adapted, head, true}; }
+    if (says_one || (both && same_change(other->second, one->second))) {
         // One matrix, changed once: by the embedding's factors, or the head's where these are all there are.
         if (!head.empty() && !adapted.empty() && !tie.head_stored) {
             read.modules.erase(head);
             read.wholes.erase(head + ".weight");
+            head.clear();
         }
-        return;
+        return {adapted, head, true};
     }
     const std::string module = tie.head_stored || head.empty() ? tie.head : head;
     const std::string name = module + ".weight";
@@ -292,6 +341,7 @@ void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how,
         for (const auto& copy : tie.copies) {
             base_.insert(copy + ".weight", taskvec::const_tensor_ref(*base_.find(tie.embedding + ".weight")));
         }
+        parted_ = tie.copies;
         // The bias of such a head is tied too, to one that lies beside it.
         const auto dot = module.rfind('.');
         const auto* const bias = base_.find(module.substr(0, dot == module.npos ? 0 : dot + 1) + "bias");
@@ -307,10 +357,33 @@ void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how,
                 : adapted.empty() ? "the head, and not the embedding that it is tied to"
                                   : "the head and the embedding that it is tied to each by itself",
             ": the result holds '", name, "' for itself, and must be loaded with tie_word_embeddings: false"));
+    return {adapted, head, false};
+}
+
+/// Gives what was one matrix with the embedding, and has a tensor of its own in the base or by another adapter, what
+/// this adapter does to the embedding: all but the head always, and that where it is one with it.
+template <class T>
+void adapter_sum::spread_tied(
+    taskvec::adapter_contents<T>& read, const tied_modules& tied, const fs::path& base_path) const
+{
+    if (tied.embedding.empty()) { return; }
+    const auto tie = tied_matrix_of(config_beside(base_path), base_);
+    const auto give = [&](const std::string& module, bool as_linear) {
+        if (const auto made = read.modules.find(tied.embedding); made != read.modules.end()) {
+            auto copy = as_linear ? as_head(made->second) : made->second;
+            read.modules.emplace(module, std::move(copy));
+        }
+        if (const auto whole = read.wholes.find(tied.embedding + ".weight"); whole != read.wholes.end()) {
+            auto copy = whole->second;
+            read.wholes.emplace(module + ".weight", std::move(copy));
+        }
+    };
+    for (const auto& module : parted_) { give(module, false); }
+    if (tied.as_one && tied.head.empty() && tie.head_stored) { give(tie.head, true); }
 }
 
 template <class T>
-void adapter_sum::add(
+adapter_sum::tied_modules adapter_sum::prepare(
     taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run)
 {
     for (const auto& text : read.notes) { note(run, text); }
@@ -329,7 +402,18 @@ void adapter_sum::add(
             layers != config.end() && layers->is_number_integer() ? std::optional(layers->get<std::int64_t>())
                                                                   : std::nullopt);
     }
-    untie(read, how, run);
+    if (!how.excluded.empty()) { // what an adapter calls otherwise than the base may be left out by its own name
+        const auto keeps = name_filter({}, how.excluded);
+        std::erase_if(read.modules, [&](const auto& one) { return !keeps(one.first + ".weight"); });
+        std::erase_if(read.wholes, [&](const auto& one) { return !keeps(one.first); });
+    }
+    return untie(read, how, run);
+}
+
+template <class T>
+taskvec::module_match adapter_sum::line_up(
+    taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
+{
     auto match = taskvec::match_modules(read, base_);
     if (how.include) { // what is left out on purpose may be unknown to the base
         std::erase_if(match.unmatched, [&](const std::string& module) {
@@ -363,6 +447,14 @@ void adapter_sum::add(
         for (const auto& change : match.changes) { text += (text.empty() ? "" : ", ") + change; }
         note(run, "modules of " + read.label + ": " + text);
     }
+    return match;
+}
+
+template <class T>
+void adapter_sum::add(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
+    const task_argument& argument, const settings& how, const run_options& run)
+{
+    const auto config = config_beside(how.base_path);
     facts about{std::string(taskvec::to_string(read.dialect)), read.modules.size(), read.wholes.size(), 0, 0};
     for (const auto& [module, made] : read.modules) {
         const auto rank = made.update.rank();
@@ -379,10 +471,6 @@ void adapter_sum::add(
             read.label + " says fan_in_fan_out, and linear layers of " + base_label
                 + " lie out×in: the flag is taken for false, as PEFT does");
         read.fan_in_fan_out = false;
-    }
-    if (how.may_untie) { take_grown_vocabulary(read, match, argument, base_label, run); }
-    else {
-        refuse_grown_vocabulary(read, match, argument, how);
     }
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
         {.conv1d = how.fan_in_fan_out || has_conv1d_layers(config),
@@ -450,30 +538,37 @@ void adapter_sum::check_saved_modules(const taskvec::adapter_contents<T>& read, 
 }
 
 /// Embeddings and heads that an adapter holds whole with more rows than the base has, for tokens that were added: they
-/// take the base's place, as they are.
+/// take the base's place, as they are. Only one adapter may bring them: rows that two have added are not of one token,
+/// unless they are the same, and nothing was trained of the base's.
 template <class T>
 void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
-    const task_argument& argument, const std::string& base_label, const run_options& run)
+    double weight, const std::string& base_label, const run_options& run)
 {
     std::map<std::string, const taskvec::peft_tensor*> grown;
-    for (const auto& [name, whole] : read.wholes) {
+    std::vector<std::string> untrained; // rows that another adapter has brought too, beside those of the base
+    const auto look_at = [&](const std::string& name, const taskvec::peft_tensor& own, bool is_copy) {
         const auto tensor = match.renamed(name, base_);
-        const auto* const there = base_.find(tensor);
-        if (there && there->shape.size() == 2 && whole.shape.size() == 2 && there->shape[1] == whole.shape[1]
-            && whole.shape[0] > there->shape[0] && (is_head(tensor) || is_embedding(tensor))
-            && there->dtype == whole.dtype && argument.weight == 1) {
-            grown[tensor] = &whole;
+        const auto other = grown_.find(tensor);
+        const auto* const there = other == grown_.end() ? base_.find(tensor) : &other->second.before;
+        if (!there || there->shape.size() != 2 || own.shape.size() != 2 || there->shape[1] != own.shape[1]
+            || own.shape[0] <= there->shape[0] || there->dtype != own.dtype
+            || !(is_copy || ((is_head(tensor) || is_embedding(tensor)) && weight == 1))) {
+            return;
         }
-    }
+        if (other == grown_.end()) {
+            grown[tensor] = &own;
+            return;
+        }
+        const auto& [label, before, now] = other->second;
+        if (!holds_same(now, own) || !(is_copy || begins_with(now, before))) {
+            refuse_second(tensor, other->second, read.label, own.shape[0], base_label);
+        }
+        if (!is_copy) { untrained.push_back(name); }
+    };
+    for (const auto& [name, whole] : read.wholes) { look_at(name, whole, false); }
     // Beside their factors PEFT keeps the weights that grew: what the update is added to.
-    for (const auto& [name, copy] : read.copies) {
-        const auto tensor = match.renamed(name, base_);
-        const auto* const there = base_.find(tensor);
-        if (there && there->shape.size() == 2 && copy.shape.size() == 2 && there->shape[1] == copy.shape[1]
-            && copy.shape[0] > there->shape[0] && there->dtype == copy.dtype) {
-            grown[tensor] = &copy;
-        }
-    }
+    for (const auto& [name, copy] : read.copies) { look_at(name, copy, true); }
+    for (const auto& name : untrained) { read.wholes.erase(name); }
     if (grown.empty()) { return; }
     const auto rows = grown.begin()->second->shape[0];
     for (const auto& [name, tensor] : base_) {
@@ -489,10 +584,13 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
     taskvec::const_model_ref model;
     for (const auto& [name, tensor] : base_) {
         const auto place = grown.find(name);
-        model.insert(name,
-            place == grown.end()
-                ? tensor
-                : taskvec::const_tensor_ref{place->second->bytes.data(), place->second->dtype, place->second->shape});
+        if (place == grown.end()) {
+            model.insert(name, taskvec::const_tensor_ref(tensor));
+            continue;
+        }
+        const taskvec::const_tensor_ref now{place->second->bytes.data(), place->second->dtype, place->second->shape};
+        grown_.emplace(name, grown_tensor{read.label, tensor, now});
+        model.insert(name, taskvec::const_tensor_ref(now));
     }
     base_ = std::move(model);
     for (const auto& [name, whole] : grown) {
@@ -508,6 +606,49 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
             }
             taken_.push_back(std::move(one->second)); // base_ points to its bytes
             one = tensors->erase(one);
+        }
+    }
+}
+
+/// What an adapter says of embeddings and heads that another one has brought with more rows: its factors change the
+/// rows that they know.
+template <class T>
+void adapter_sum::fit_grown_vocabulary(
+    taskvec::adapter_contents<T>& read, const taskvec::module_match& match, const std::string& base_label) const
+{
+    for (const auto& one : grown_) {
+        const auto& tensor = one.first;
+        const auto& grown = one.second;
+        const auto rows = static_cast<std::size_t>(grown.before.shape[0]),
+                   all = static_cast<std::size_t>(grown.now.shape[0]);
+        for (const auto& [name, whole] : read.wholes) {
+            if (match.renamed(name, base_) == tensor) {
+                refuse_second(tensor, grown, read.label, whole.shape.empty() ? 0 : whole.shape[0], base_label);
+            }
+        }
+        // A copy of the base's own, as PEFT keeps beside factors of any embedding.
+        std::erase_if(read.copies, [&](const auto& copy) {
+            return match.renamed(copy.first, base_) == tensor && holds_same(grown.before, copy.second);
+        });
+        for (auto& [module, made] : read.modules) {
+            const auto place = match.tensors.find(module);
+            if (place == match.tensors.end() || place->second != tensor || !made.slice.parameter.empty()) { continue; }
+            if ((made.embedding ? made.update.in() : made.update.out()) == all) { continue; }
+            const bool turned = made.embedding || made.update.out() != rows;
+            if ((turned ? made.update.in() : made.update.out()) != rows) { continue; }
+            if (!made.magnitude.empty()) {
+                taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
+                    taskvec::message("module '", module, "' of ", read.label, " is DoRA's, whose norms are those of ",
+                        rows, " rows, and '", tensor, "' has ", all, " in ", grown.label,
+                        ": fold it into the base by itself"));
+            }
+            auto& factor = turned ? made.update.a : made.update.b;
+            taskvec::matrix<T> longer(
+                turned ? factor.rows() : all, turned ? all : factor.cols(), taskvec::matrix_order::row_major);
+            for (std::size_t i = 0; i < factor.rows(); ++i) {
+                for (std::size_t j = 0; j < factor.cols(); ++j) { longer(i, j) = factor(i, j); }
+            }
+            factor = std::move(longer);
         }
     }
 }

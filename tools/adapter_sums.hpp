@@ -11,10 +11,14 @@
 #include <taskvec/formats/adapter_names.hpp>
 #include <taskvec/formats/checkpoint.hpp>
 
+#include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -60,6 +64,40 @@ void restore_rows(taskvec::adapter_contents<T>& adapter, const fs::path& base)
     taskvec::unpair_rows(adapter, target.heads, target.kv_heads);
 }
 
+template <class T>
+bool same_entries(const taskvec::matrix<T>& x, const taskvec::matrix<T>& y, bool turned = false)
+{
+    if (x.rows() != (turned ? y.cols() : y.rows()) || x.cols() != (turned ? y.rows() : y.cols())) { return false; }
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) {
+            if (x(i, j) != (turned ? y(j, i) : y(i, j))) { return false; }
+        }
+    }
+    return true;
+}
+/// Whether two modules change one matrix alike. `turned`: the first is factored as an embedding, the second is not.
+template <class T>
+bool same_change(const taskvec::adapted_module<T>& x, const taskvec::adapted_module<T>& y)
+{
+    const bool turned = x.embedding != y.embedding;
+    return x.update.scaling == y.update.scaling
+        && (turned ? x.magnitude.empty() && y.magnitude.empty() : x.magnitude == y.magnitude)
+        && same_entries(x.update.a, turned ? y.update.b : y.update.a, turned)
+        && same_entries(x.update.b, turned ? y.update.a : y.update.b, turned);
+}
+/// An embedding's module, for the head that is the same matrix: factored as a linear layer, unless DoRA rescales the
+/// embedding's dimensions.
+template <class T>
+[[nodiscard]] taskvec::adapted_module<T> as_head(taskvec::adapted_module<T> made)
+{
+    if (!made.embedding || !made.magnitude.empty()) { return made; }
+    made.embedding = false;
+    auto b = taskvec::transposed_copy(made.update.a);
+    made.update.a = taskvec::transposed_copy(made.update.b);
+    made.update.b = std::move(b);
+    return made;
+}
+
 /// Σ weight·(what each adapter does), for a base. Never moves: changes() points into it.
 class adapter_sum {
 public:
@@ -68,6 +106,7 @@ public:
         std::function<bool(std::string_view)>
             include{}; ///< modules without a weight in the base that it leaves out are no error
         std::vector<std::string> included{}; ///< the patterns of --include, for the error where nothing is left
+        std::vector<std::string> excluded{}; ///< those of --exclude: of names of the adapter's own too
         name_rules names{}; ///< of modules and whole tensors, by the texts of the arguments
         bool fan_in_fan_out = false; ///< square weights lie in×out
         bool subtract = false;
@@ -98,24 +137,50 @@ public:
 
 private:
     using adapter = std::variant<taskvec::adapter_contents<float>, taskvec::adapter_contents<double>>;
+    /// What an adapter has of an embedding and the head that is tied to it, by its own names; empty: nothing.
+    struct tied_modules {
+        std::string embedding{}, head{};
+        bool as_one = false; ///< what it does to the embedding it does to the head
+    };
+    /// An embedding or a head that an adapter brought with more rows than the base has.
+    struct grown_tensor {
+        std::string label{}; ///< the adapter's
+        taskvec::const_tensor_ref before{}, now{};
+    };
+
+    /// Lines names up with the base's, as far as an adapter says by itself what they mean.
     template <class T>
-    void add(
+    [[nodiscard]] tied_modules prepare(
         taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run);
+    /// Finds what its modules mean in the base, and leaves out what is to be.
+    template <class T>
+    [[nodiscard]] taskvec::module_match line_up(
+        taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
+    template <class T>
+    void add(taskvec::adapter_contents<T>& read, const taskvec::module_match& match, const task_argument& argument,
+        const settings& how, const run_options& run);
     template <class T>
     void call_as_files_do(
         taskvec::adapter_contents<T>& read, const nlohmann::json& config, const run_options& run) const;
     template <class T>
     void join_copies(taskvec::adapter_contents<T>& read, const tied_matrix& tie, const std::string& base_label) const;
+    [[noreturn]] static void refuse_second(const std::string& tensor, const grown_tensor& grown,
+        const std::string& label, std::int64_t rows, const std::string& base_label);
     template <class T>
     void check_saved_modules(const taskvec::adapter_contents<T>& read, const run_options& run) const;
     template <class T>
-    void take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
-        const task_argument& argument, const std::string& base_label, const run_options& run);
+    void take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match, double weight,
+        const std::string& base_label, const run_options& run);
     template <class T>
     void refuse_grown_vocabulary(const taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
         const task_argument& argument, const settings& how) const;
     template <class T>
-    void untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
+    void fit_grown_vocabulary(
+        taskvec::adapter_contents<T>& read, const taskvec::module_match& match, const std::string& base_label) const;
+    template <class T>
+    [[nodiscard]] tied_modules untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
+    template <class T>
+    void spread_tied(taskvec::adapter_contents<T>& read, const tied_modules& tied, const fs::path& base_path) const;
 
     taskvec::const_model_ref base_;
     std::deque<taskvec::checkpoint> files_;
@@ -123,6 +188,8 @@ private:
     std::vector<facts> facts_;
     taskvec::adapted_model changes_;
     std::deque<taskvec::peft_tensor> taken_; ///< what took the place of tensors of the base
+    std::map<std::string, grown_tensor> grown_; ///< by the base's names
+    std::vector<std::string> parted_; ///< modules that were the embedding by other names, and have their own tensors
     bool untied_ = false;
 };
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_sums.hpp"
 #include "adapters.hpp"
+#include "architectures.hpp"
 #include "models.hpp"
 #include "outputs.hpp"
 #include "report.hpp"
@@ -48,14 +49,53 @@ std::string name_of(const taskvec::diffusion_module& module, const std::string& 
         : module.tensor.substr(0, module.tensor.size() - suffix.size());
 }
 
+/// What an adapter does to an embedding and the head that the base ties to it, for a dialect that says it otherwise:
+/// MLX has one module for the two, and PEFT one for each.
+template <class T>
+void adapt_tie(taskvec::adapter_contents<T>& adapter, const convert_settings& given, const tool::tied_matrix& tie)
+{
+    const auto own = adapter.modules.find(tie.embedding), head = adapter.modules.find(tie.head);
+    const bool from_mlx = adapter.dialect == taskvec::adapter_dialect::mlx, to_mlx = given.as == "mlx";
+    if (!tie.tied || (own == adapter.modules.end() && head == adapter.modules.end())) { return; }
+    if (from_mlx && !to_mlx && head == adapter.modules.end()) {
+        if (given.as != "peft" || !own->second.magnitude.empty()) { return; } // which no other dialect holds
+        auto made = tool::as_head(own->second);
+        adapter.modules.emplace(tie.head, std::move(made));
+        adapter.tied = tie.head == "lm_head"; // the one that PEFT looks for
+        tool::note(given.run,
+            "'" + tie.head + "' of '" + given.base + "' is tied to '" + tie.embedding
+                + "', and MLX adapts both as one: " + adapter.label + " has its update under each name");
+        return;
+    }
+    if (!to_mlx || from_mlx) { return; }
+    const bool as_one = own != adapter.modules.end()
+        && (head == adapter.modules.end() ? adapter.tied : tool::same_change(own->second, head->second));
+    if (!as_one) {
+        const bool lacks = own == adapter.modules.end() || head == adapter.modules.end();
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::adapter_unsupported,
+            taskvec::message("module '", own == adapter.modules.end() ? tie.head : tie.embedding,
+                "' cannot be written as MLX: ",
+                lacks ? "it is changed alone" : "it and its head are changed each by itself", ", and '", given.base,
+                "' ties the two, which MLX adapts as one module: fold the adapter into its base (taskvec fuse), which "
+                "gives the head a tensor of its own"),
+            adapter.label);
+    }
+    if (head != adapter.modules.end()) { adapter.modules.erase(head); }
+}
+
 /// Modules under the names that the base has for them.
 template <class T>
 void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings& given)
 {
     const auto base = tool::open_noted(given.base, given.run, given.index);
     taskvec::split_experts(adapter, base.model());
+    const auto tie = tool::tied_matrix_of(tool::config_beside(given.base), base.model());
+    auto model = base.model();
+    if (!tie.head_stored && !tie.embedding.empty() && !tie.head.empty()) { // a head that no file has
+        model.insert(tie.head + ".weight", taskvec::const_tensor_ref(*model.find(tie.embedding + ".weight")));
+    }
     tool::translate_flux(adapter, base.model(), given.run);
-    const auto match = taskvec::match_modules(adapter, base.model());
+    const auto match = taskvec::match_modules(adapter, model);
     if (!match.unmatched.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
             taskvec::message("module '", match.unmatched.front(), "' of ", adapter.label, " is no module of '",
@@ -69,7 +109,14 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
             continue;
         }
         const auto& tensor = match.tensors.at(module);
-        taskvec::take_shape(made, *base.model().find(tensor), adapter.dialect);
+        taskvec::take_shape(made, *model.find(tensor), adapter.dialect);
+        const auto part = match.diffusion.find(module);
+        taskvec::check_shape(made, *model.find(tensor),
+            {.tensor = tensor,
+                .module = module,
+                .label = adapter.label,
+                .blocks = part == match.diffusion.end() ? 1 : part->second.blocks,
+                .may_grow = tool::is_head(tensor) || tool::is_embedding(tensor)});
         auto name = tensor.substr(0, tensor.size() - 7);
         if (const auto known = match.diffusion.find(module); known != match.diffusion.end()) {
             name = name_of(known->second, given.as);
@@ -85,6 +132,7 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
         }
     }
     adapter.modules = std::move(renamed);
+    adapt_tie(adapter, given, tie);
     if (translated > 0) {
         tool::note(given.run,
             tool::counted(translated, "name") + " of single files (LDM) in " + adapter.label
@@ -121,6 +169,18 @@ taskvec::gguf_target target_of(const taskvec::adapter_contents<T>& adapter, cons
     return taskvec::gguf_target_of(config, (model / "config.json").string());
 }
 
+/// The modules of an adapter that are an embedding of tokens and a head; empty: it has none.
+template <class T>
+std::pair<std::string, std::string> embedding_and_head(const taskvec::adapter_contents<T>& adapter)
+{
+    std::pair<std::string, std::string> found;
+    for (const auto& [module, made] : adapter.modules) {
+        if (made.embedding && tool::is_embedding(module + ".weight")) { found.first = module; }
+        if (tool::is_head_module(module)) { found.second = module; }
+    }
+    return found;
+}
+
 /// What the result takes for granted of modules of which neither their names nor a base say more.
 template <class T>
 void note_guesses(
@@ -141,6 +201,15 @@ void note_guesses(
         tool::note(given.run,
             "factors of LoHa and LoKr do not say whether a module is a convolution: " + them(flat) + " " + of_them(flat)
                 + " taken for linear layers; --base says what they are");
+    }
+    const auto [embedding, head] = embedding_and_head(adapter);
+    if (dialect == taskvec::adapter_dialect::mlx && adapter.dialect == taskvec::adapter_dialect::peft
+        && given.base.empty() && !adapter.tied && embedding.empty() != head.empty()) {
+        tool::note(given.run,
+            "'" + tool::printable(embedding.empty() ? head : embedding)
+                + "': of a model that ties its head to its embedding MLX adapts the two as one, and PEFT each by "
+                  "itself; "
+                  "--base says whether it does");
     }
     if (dialect == taskvec::adapter_dialect::diffusers && !bare.empty()) {
         tool::note(given.run,
@@ -172,6 +241,12 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
     const bool own_names = to_gguf || adapter.dialect == taskvec::adapter_dialect::gguf;
     if (!given.base.empty() && (!own_names || adapter.dialect == taskvec::adapter_dialect::kohya)) {
         name_as_base(adapter, given);
+    }
+    if (adapter.dialect == taskvec::adapter_dialect::mlx && dialect == taskvec::adapter_dialect::peft
+        && given.base.empty()) {
+        // MLX's embedding is the head of a model that ties the two, and so is PEFT's where it is told so.
+        const auto [embedding, head] = embedding_and_head(adapter);
+        adapter.tied = !embedding.empty() && head.empty();
     }
     const taskvec::adapter_write_options options{.output = tool::output_dtype(given.dtype),
         .on_overflow = tool::overflow_of(given.overflow),

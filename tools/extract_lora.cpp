@@ -528,6 +528,7 @@ void run_extract_lora(extract_lora_settings given)
             tool::adapter_sum::settings{.base_path = given.base,
                 .include = include,
                 .included = given.include,
+                .excluded = given.exclude,
                 .names = given.names,
                 .fan_in_fan_out = given.fan_in_fan_out,
                 .may_untie = false},

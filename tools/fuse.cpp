@@ -36,6 +36,7 @@ void run_fuse(const fuse_settings& given)
         {.base_path = request.base,
             .include = tool::name_filter(request.include, request.exclude),
             .included = request.include,
+            .excluded = request.exclude,
             .names = request.names,
             .fan_in_fan_out = given.fan_in_fan_out,
             .subtract = given.subtract},
@@ -128,7 +129,7 @@ const tool::register_verb fuse_verb(
         tool::add_dtype_option(verb, request.dtype, tool::dtype_of_result);
         verb.texts("--include", request.include, "REGEX", "Only tensors that match; others are copied from the base");
         verb.texts("--exclude", request.exclude, "REGEX",
-            "All but tensors that match; modules of an adapter that the base lacks may be named too");
+            "All but tensors that match; modules of an adapter may be named as it calls them");
         tool::add_rename_options(verb, request.names, {"--base", "--adapter"});
         tool::add_nonfinite_option(verb, request.nonfinite);
         tool::add_overflow_option(verb, request.overflow);

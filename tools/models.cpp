@@ -381,6 +381,7 @@ void merge_inputs::add_adapter(const model_request& request, const task_argument
             adapter_sum::settings{.base_path = request.base,
                 .include = name_filter(request.include, request.exclude),
                 .included = request.include,
+                .excluded = request.exclude,
                 .names = request.names,
                 .may_untie = false,
                 .label = label_of(request, request.base)},

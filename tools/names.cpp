@@ -173,9 +173,11 @@ void add_rename_options(command& verb, name_rules& rules, const std::vector<std:
     verb.after_parse([&rules, model_options](const std::vector<std::pair<std::string, std::string>>& given) {
         std::optional<std::string> model;
         std::vector<name_rule> waiting;
+        std::map<std::string, std::string> again; // models that are named twice, with the option
         for (const auto& [flag, value] : given) {
             if (std::find(model_options.begin(), model_options.end(), flag) != model_options.end()) {
                 model = flag == "--base" ? "" : value;
+                if (rules.contains(*model)) { again.emplace(*model, flag); }
                 auto& mine = rules[*model];
                 mine.insert(mine.end(), waiting.begin(), waiting.end());
                 waiting.clear();
@@ -185,6 +187,13 @@ void add_rename_options(command& verb, name_rules& rules, const std::vector<std:
             }
         }
         if (!waiting.empty()) { throw usage_error("--rename and --map belong to a model: none is named"); }
+        for (const auto& [text, flag] : again) {
+            if (text.empty() || rules[text].empty()) { continue; }
+            const auto called = printable(text);
+            throw usage_error("--rename and --map belong to one model, and '" + flag + " " + called
+                + "' names two: write them differently, as '" + called + "' and '" + (called[0] == '/' ? "/" : "./")
+                + called + "'");
+        }
     });
 }
 

@@ -14285,6 +14285,15 @@ struct layer_place {
     }
     return false;
 }
+/// Whether a module read from MLX's files is an embedding under DoRA, whose magnitudes are one for each entry there:
+/// its outputs are the entries, and its factors lie as a linear layer's.
+template <arithmetic_element T>
+[[nodiscard]] bool is_rescaled_by_entry(
+    const adapter_contents<T>& adapter, const std::string& module, const adapted_module<T>& made) noexcept
+{
+    return adapter.dialect == adapter_dialect::mlx && !made.magnitude.empty() && !made.embedding
+        && is_mlx_embedding(module);
+}
 /// The key in the header of a safetensors file under which diffusers keeps the configurations of what is in it: JSON,
 /// each field under its component's name ("unet.lora_alpha").
 inline constexpr const char* diffusers_metadata_key = "lora_adapter_metadata";
@@ -15244,7 +15253,11 @@ private:
         if (mlx) { refuse_mlx_experts({&a, &b}); }
         made_.update.a = factor(a);
         made_.update.b = factor(b);
-        if (mlx) {
+        if (mlx && made_.embedding && parts_.get(role::magnitude)) { // one for each entry: the outputs are these
+            made_.embedding = false;
+            std::swap(made_.update.a, made_.update.b);
+        }
+        else if (mlx) {
             made_.update.a = transposed_copy(made_.update.a);
             made_.update.b = transposed_copy(made_.update.b);
         }
@@ -16434,6 +16447,14 @@ template <arithmetic_element T>
         if ((to_diffusers || dialect == adapter_dialect::kohya) && made.embedding) { lose(name, "it is an embedding"); }
         if (!is_peft && made.bias.rank() > 0) { lose("the bias of " + name, "it has no place there"); }
         if (to_gguf && !made.magnitude.empty()) { lose(name, "it is DoRA's"); }
+        const bool by_entry = detail::is_rescaled_by_entry(adapter, module, made);
+        if (to_mlx ? made.embedding && !made.magnitude.empty() : by_entry && !to_gguf) {
+            lose(name,
+                to_mlx ? "it is DoRA's of an embedding, with a magnitude for each dimension, and MLX has one for each "
+                         "entry: fold it into its base"
+                       : "it is DoRA's of an embedding, with a magnitude for each entry, which MLX alone has: fold it "
+                         "into its base");
+        }
         if (dialect != adapter_dialect::kohya && !to_gguf && made.magnitude.empty()
             && rescaled.contains(group_of(module))) {
             lose(name,
@@ -16613,6 +16634,15 @@ template <arithmetic_element T>
         }
         default: { // of an embedding `in` is its entries, and both lie as a linear layer's
             const auto all = static_cast<std::int64_t>(mlx_rank);
+            if (detail::is_rescaled_by_entry(adapter, module, made)) { // which `out` is
+                writer.add(module + ".lora_a", type, {out_size, all}, update.out(), mlx_rank,
+                    [&](std::size_t o, std::size_t k) { return k < update.rank() ? up(o, k) : 0; });
+                writer.add(module + ".lora_b", type, {all, a_shape[1]}, mlx_rank, update.in(),
+                    [&](std::size_t k, std::size_t i) { return k < update.rank() ? down(k, i) : 0; });
+                add_magnitude(module + ".m", {out_size});
+                mlx_keys.insert(std::string(detail::place_in_layers(module).within));
+                break;
+            }
             writer.add(module + ".lora_a", type, {a_shape[1], all}, update.in(), mlx_rank,
                 [&](std::size_t i, std::size_t k) { return k < update.rank() ? down(k, i) : 0; });
             writer.add(module + ".lora_b", type, {all, out_size}, mlx_rank, update.out(),
@@ -16648,6 +16678,7 @@ template <arithmetic_element T>
         if (!options.task_type.empty()) { for_config.config["task_type"] = options.task_type; }
         auto config = peft_config(for_config);
         config["fan_in_fan_out"] = adapter.fan_in_fan_out;
+        if (adapter.tied) { config["ensure_weight_tying"] = true; }
         config["use_dora"] = dora;
         config["lora_bias"] = biased;
         out.config = config.dump(2) + "\n";
@@ -21085,6 +21116,32 @@ void take_shape(adapted_module<T>& made, const const_tensor_ref& to, adapter_dia
     }
 }
 
+/// What check_shape() is told of a module and its weight.
+struct shape_check {
+    const std::string &tensor, &module, &label; ///< the names of the weight, the module and the adapter, for messages
+    std::size_t blocks = 1; ///< how many modules the weight is, one below the other
+    bool may_grow = false; ///< the update may have more rows, of tokens that were added
+};
+/// Throws shape_mismatch for a module that is not of the shape of its weight in a base, either way round, or of another
+/// kernel. Of weights that are packed, and so of no shape of their own, nothing is said.
+///
+///     check_shape(made, *base.find(tensor), {.tensor = tensor, .module = module, .label = adapter.label});
+template <arithmetic_element T>
+void check_shape(const adapted_module<T>& made, const const_tensor_ref& to, const shape_check& of)
+{
+    if (!is_storage(to.dtype) && !is_fp8(to.dtype)) { return; }
+    detail::check_kernel(made, to, of.tensor, of.module, of.label);
+    const auto sides = adapted_model::sides(to.shape, to.size(of.tensor));
+    const std::size_t rows = sides.first / std::max<std::size_t>(of.blocks, 1), columns = sides.second,
+                      out = made.update.out(), in = made.update.in();
+    const bool fits = columns == in && (rows == out || (of.may_grow && rows < out)),
+               turned = to.shape.size() == 2 && columns == out && (rows == in || (of.may_grow && rows < in));
+    if (fits || turned) { return; }
+    raise<shape_mismatch>(error_code::adapter_shape,
+        message("tensor '", of.tensor, "' has shape ", to_string(to.shape), ", and the update of module '", of.module,
+            "' in ", of.label, " is ", out, "×", in, ": this adapter belongs to another base"));
+}
+
 /// A module's name in its model, with the component that `module` names, as diffusers calls it, before it; none where
 /// that names none.
 [[nodiscard]] inline std::string with_component_of(std::string_view module, const std::string& name)
@@ -21157,11 +21214,13 @@ template <arithmetic_element T>
 
 namespace detail {
 
-/// Whether the matrices of a stack of experts lie in×out, as those of gpt-oss and Llama 4 do, by the shapes of
-/// gate_up_proj and down_proj beside one another; nothing where they do not tell.
+/// Whether PEFT takes the matrices of a stack of experts for in×out, as those of gpt-oss lie, by the shapes of
+/// gate_up_proj and down_proj beside one another; nothing where they do not tell. Llama 4's (feed_forward.experts) lie
+/// so too, and transformers does not say it of them: PEFT takes their columns for inputs.
 [[nodiscard]] inline std::optional<bool> experts_lie_in_by_out(const const_model_ref& base, const std::string& tensor)
 {
     const auto owner = tensor.substr(0, tensor.rfind('.') + 1);
+    if (("." + owner).ends_with(".feed_forward.experts.")) { return false; }
     const auto *const both = base.find(owner + "gate_up_proj"), *const down = base.find(owner + "down_proj");
     if (!both || !down || both->shape.size() != 3 || down->shape.size() != 3) { return std::nullopt; }
     const bool plain = both->shape[2] == down->shape[1] && both->shape[1] == 2 * down->shape[2],

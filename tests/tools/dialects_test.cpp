@@ -948,3 +948,160 @@ TEST_CASE("XLabs' factors, and a GGUF adapter of another number of heads, are re
     refused(folder, {"fuse", "--base", "two", "--adapter", "a.gguf", "--out", "no"}, 1,
         "says that its model has 4 heads of attention");
 }
+
+TEST_CASE("square experts of Llama 4 are changed as PEFT sees them, by their columns as inputs")
+{
+    const scratch folder;
+    constexpr std::size_t experts = 2, rank = 2;
+    const auto n = [](std::size_t x) { return static_cast<std::int64_t>(x); };
+    for (const bool llama4 : {true, false}) {
+        const std::string owner = std::string("layers.0.") + (llama4 ? "feed_forward" : "mlp") + ".experts";
+        // in×out, as both lie: down_proj is square with 4 of both, gate_up_proj with 2.
+        for (const std::size_t inner : {4u, 2u}) {
+            const auto down = random_tensor({2, n(inner), 4}, 1), both = random_tensor({2, 4, n(2 * inner)}, 2);
+            const std::string name = owner + (inner == 4 ? ".down_proj" : ".gate_up_proj");
+            write_values(folder / "base.safetensors", {{owner + ".gate_up_proj", both}, {owner + ".down_proj", down}});
+            const values_model tensors{{owner + ".lora_A.weight", random_tensor({n(experts * rank), 4}, 3)},
+                {owner + ".lora_B.weight", random_tensor({4, n(experts * rank)}, 4)}};
+            write_adapter_as(folder / "a", tensors, {{"target_parameters", {name.substr(name.find("experts"))}}});
+            const auto &a = tensors.at(owner + ".lora_A.weight"), &b = tensors.at(owner + ".lora_B.weight");
+            check_changed(fused_model(folder, "a").at(name), inner == 4 ? down : both, [&](std::size_t index) {
+                const auto e = index / 16, row = index / 4 % 4, column = index % 4;
+                const auto out = llama4 ? row : column, in = llama4 ? column : row;
+                double sum = 0;
+                for (std::size_t k = 0; k < rank; ++k) {
+                    sum += entry(b, out, k * experts + e) * entry(a, e * rank + k, in);
+                }
+                return 0.5 * sum;
+            });
+        }
+    }
+}
+
+TEST_CASE("MLX's embedding is the head that is tied to it, and its DoRA has a magnitude for each entry")
+{
+    const scratch folder;
+    const auto words = random_tensor({11, 6}, 1);
+    const auto write_base = [&](bool tied, const std::string& name) {
+        values_model tensors{
+            {"model.embed_tokens.weight", words}, {"model.layers.0.q_proj.weight", random_tensor({6, 6}, 2)}};
+        if (!tied) { tensors["lm_head.weight"] = random_tensor({11, 6}, 3); }
+        std::filesystem::create_directories(folder / name);
+        write_values(folder / name / "model.safetensors", tensors);
+        write_text(folder / name / "config.json",
+            std::string(R"({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, )")
+                + "\"tie_word_embeddings\": " + (tied ? "true}" : "false}"));
+    };
+    write_base(true, "tied");
+    write_base(false, "parted");
+    const auto a = random_tensor({11, 2}, 4), b = random_tensor({2, 6}, 5);
+    const std::string config = R"("num_layers": 1, "lora_parameters": {"rank": 2, "scale": 0.5}})";
+    std::filesystem::create_directories(folder / "mlx");
+    std::filesystem::create_directories(folder / "dora");
+    write_values(
+        folder / "mlx/adapters.safetensors", {{"model.embed_tokens.lora_a", a}, {"model.embed_tokens.lora_b", b}});
+    write_text(folder / "mlx/adapter_config.json", R"({"fine_tune_type": "lora", )" + config);
+    const auto update = [&](std::size_t i) {
+        return 0.5 * (entry(a, i / 6, 0) * entry(b, 0, i % 6) + entry(a, i / 6, 1) * entry(b, 1, i % 6));
+    };
+    must_run(folder, {"fuse", "--base", "tied", "--adapter", "mlx", "--out", "out"});
+    const auto fused = read_values(folder / "out/model.safetensors");
+    CHECK(fused.size() == 2); // still one matrix
+    check_changed(fused.at("model.embed_tokens.weight"), words, update);
+    must_run(folder, {"fuse", "--base", "parted", "--adapter", "mlx", "--out", "out"});
+    const auto alone = read_values(folder / "out/model.safetensors");
+    check_changed(alone.at("model.embed_tokens.weight"), words, update);
+    check_changed(alone.at("lm_head.weight"), random_tensor({11, 6}, 3), [](std::size_t) { return 0.0; });
+    // For PEFT both have the update, as it writes them itself; without a base it is told that the two are one, if they
+    // are.
+    const auto noted = must_run(folder, {"convert", "mlx", "--as", "peft", "--base", "tied", "--out", "peft"});
+    CHECK(noted.err.find("'lm_head' of 'tied' is tied to 'model.embed_tokens'") != std::string::npos);
+    const auto peft = read_values(folder / "peft/adapter_model.safetensors");
+    CHECK(peft.at("base_model.model.lm_head.lora_B.weight").values == a.values);
+    CHECK(peft.at("base_model.model.lm_head.lora_A.weight").values == b.values);
+    CHECK(peft.contains("base_model.model.model.embed_tokens.lora_embedding_A"));
+    CHECK(nlohmann::json::parse(slurp(folder / "peft/adapter_config.json"))["ensure_weight_tying"] == true);
+    must_run(folder, {"convert", "mlx", "--as", "peft", "--base", "parted", "--out", "other"});
+    CHECK(read_values(folder / "other/adapter_model.safetensors").size() == 2);
+    CHECK_FALSE(nlohmann::json::parse(slurp(folder / "other/adapter_config.json")).value("ensure_weight_tying", false));
+    must_run(folder, {"convert", "mlx", "--as", "peft", "--out", "other"});
+    CHECK(read_values(folder / "other/adapter_model.safetensors").size() == 2);
+    CHECK(nlohmann::json::parse(slurp(folder / "other/adapter_config.json"))["ensure_weight_tying"] == true);
+    must_run(folder, {"fuse", "--base", "tied", "--adapter", "other", "--out", "out"});
+    CHECK(same(read_values(folder / "out/model.safetensors"), fused));
+    // And the other way round: what MLX has as one is to change as one.
+    must_run(folder, {"convert", "peft", "--as", "mlx", "--base", "tied", "--out", "back"});
+    const auto back = read_values(folder / "back/adapters.safetensors");
+    CHECK(back.size() == 2);
+    CHECK(back.at("model.embed_tokens.lora_a").values == a.values);
+    const auto one_alone = [&](const std::string& name) {
+        must_run(folder, {"convert", name, "--as", "peft", "--base", "tied", "--out", "same"});
+        must_run(folder, {"convert", name, "--as", "mlx", "--base", "parted", "--out", "same"});
+        refused(folder, {"convert", name, "--as", "mlx", "--base", "tied", "--out", "no"}, 1,
+            "which MLX adapts as one module");
+    };
+    write_adapter_as(folder / "words",
+        {{"model.embed_tokens.lora_embedding_A", random_tensor({2, 11}, 6)},
+            {"model.embed_tokens.lora_embedding_B", random_tensor({6, 2}, 7)}});
+    one_alone("words");
+    const auto unsure = must_run(folder, {"convert", "words", "--as", "mlx", "--out", "same"});
+    CHECK(unsure.err.find("--base says whether it does") != std::string::npos);
+    // A head that no file of the base has is a module of it.
+    write_adapter_as(folder / "head", factors("lm_head", 11, 6, 8));
+    one_alone("head");
+
+    const auto m = random_tensor({11}, 9);
+    write_values(folder / "dora/adapters.safetensors",
+        {{"model.embed_tokens.lora_a", a}, {"model.embed_tokens.lora_b", b}, {"model.embed_tokens.m", m}});
+    write_text(folder / "dora/adapter_config.json", R"({"fine_tune_type": "dora", )" + config);
+    must_run(folder, {"fuse", "--base", "tied", "--adapter", "dora", "--out", "out"});
+    const auto rescaled = read_values(folder / "out/model.safetensors");
+    CHECK(rescaled.size() == 2);
+    check_changed(rescaled.at("model.embed_tokens.weight"), words, [&](std::size_t index) {
+        const auto direction = [&](std::size_t i) { return double{words.values[i]} + update(i); };
+        double norm = 0;
+        for (std::size_t k = 0; k < 6; ++k) { norm += std::pow(direction(index / 6 * 6 + k), 2); }
+        return double{m.values[index / 6]} * direction(index) / std::sqrt(norm) - double{words.values[index]};
+    });
+    refused(folder, {"convert", "dora", "--as", "peft", "--out", "no"}, 1, "a magnitude for each entry");
+    must_run(folder, {"convert", "dora", "--as", "mlx", "--out", "again"});
+    const auto again = read_values(folder / "again/adapters.safetensors");
+    CHECK(again.at("model.embed_tokens.lora_a").values == a.values);
+    CHECK(again.at("model.embed_tokens.lora_b").values == b.values);
+    CHECK(again.at("model.embed_tokens.m").values == m.values);
+    write_adapter_as(folder / "of_dimensions",
+        {{"model.embed_tokens.lora_embedding_A", random_tensor({2, 11}, 6)},
+            {"model.embed_tokens.lora_embedding_B", random_tensor({6, 2}, 7)},
+            {"model.embed_tokens.lora_magnitude_vector", random_tensor({6}, 8)}},
+        {{"use_dora", true}});
+    refused(folder, {"convert", "of_dimensions", "--as", "mlx", "--out", "no", "--quiet"}, 1,
+        "a magnitude for each dimension");
+}
+
+TEST_CASE("convert refuses a base whose weights are not of its modules' shapes")
+{
+    const scratch folder;
+    const auto base_of = [&](taskvec::extents q, taskvec::extents conv, taskvec::extents words) {
+        write_values(folder / "base.safetensors",
+            {{"layers.0.q.weight", random_tensor(std::move(q), 1)}, {"conv.weight", random_tensor(std::move(conv), 2)},
+                {"model.embed_tokens.weight", random_tensor(std::move(words), 3)}});
+    };
+    auto tensors = factors("layers.0.q", 6, 4, 4);
+    tensors["conv.lora_A.weight"] = random_tensor({2, 4, 3, 3}, 6);
+    tensors["conv.lora_B.weight"] = random_tensor({5, 2, 1, 1}, 7);
+    tensors["model.embed_tokens.lora_embedding_A"] = random_tensor({2, 11}, 8);
+    tensors["model.embed_tokens.lora_embedding_B"] = random_tensor({4, 2}, 9);
+    write_adapter_as(folder / "a", tensors);
+    const std::vector<std::string> line{"convert", "a", "--as", "peft", "--base", "base.safetensors", "--out", "out"};
+    base_of({6, 4}, {5, 4, 3, 3}, {11, 4});
+    must_run(folder, line);
+    base_of({4, 6}, {5, 4, 3, 3}, {8, 4}); // in×out, and before tokens were added
+    must_run(folder, line);
+    const auto no = [&](const std::string& words) { refused(folder, line, 1, words); };
+    base_of({6, 8}, {5, 4, 3, 3}, {11, 4});
+    no("'layers.0.q.weight' has shape [6, 8], and the update of module 'layers.0.q' in 'a' is 6×4");
+    base_of({6, 4}, {5, 4, 1, 9}, {11, 4});
+    no("'conv.weight' has shape [5, 4, 1, 9]");
+    base_of({6, 4}, {5, 4, 3, 3}, {12, 4});
+    no("'model.embed_tokens.weight' has shape [12, 4]");
+}

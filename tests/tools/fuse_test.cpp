@@ -1386,3 +1386,320 @@ TEST_CASE("factors of an embedding and a head that have grown are added to the w
             .values);
     CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["vocab_size"] == 8);
 }
+
+TEST_CASE(
+    "adapters that change a tied embedding and its head as one, and others that part the two, add up in any order")
+{
+    const scratch folder;
+    const auto words = random_tensor({11, 6}, 1);
+    const auto entries_of = [](const values_tensor& x) {
+        return std::vector<double>(x.values.begin(), x.values.end());
+    };
+    /// Σ_k down[k, i]·up[j, k] at (i, j), halved as α = 1 of rank 2 has it.
+    const auto product = [](const values_tensor& down, const values_tensor& up) {
+        std::vector<double> made(66);
+        for (std::size_t i = 0; i < 11; ++i) {
+            for (std::size_t j = 0; j < 6; ++j) {
+                for (std::size_t k = 0; k < 2; ++k) {
+                    made[i * 6 + j] += 0.5 * double{down.values[k * 11 + i]} * double{up.values[j * 2 + k]};
+                }
+            }
+        }
+        return made;
+    };
+    const auto less_words = [&](const values_tensor& whole) {
+        auto made = entries_of(whole);
+        for (std::size_t i = 0; i < 66; ++i) { made[i] -= double{words.values[i]}; }
+        return made;
+    };
+    const auto turned = [](const values_tensor& x) {
+        values_tensor y{x.dtype, {x.shape[1], x.shape[0]}, x.values};
+        const auto rows = static_cast<std::size_t>(x.shape[0]), columns = static_cast<std::size_t>(x.shape[1]);
+        for (std::size_t i = 0; i < rows; ++i) {
+            for (std::size_t j = 0; j < columns; ++j) { y.values[j * rows + i] = x.values[i * columns + j]; }
+        }
+        return y;
+    };
+    struct change {
+        std::string name;
+        std::vector<double> embedding, head;
+    };
+    std::vector<change> changes;
+    const std::vector<double> nothing(66);
+    const std::string a = "model.embed_tokens.lora_embedding_A", b = "model.embed_tokens.lora_embedding_B";
+    const auto of_words = [&](unsigned seed) {
+        return values_model{{a, random_tensor({2, 11}, seed)}, {b, random_tensor({6, 2}, seed + 1)}};
+    };
+    auto tensors = of_words(10);
+    write_adapter_as(folder / "says", tensors, {{"ensure_weight_tying", true}});
+    changes.push_back({"says", product(tensors.at(a), tensors.at(b)), product(tensors.at(a), tensors.at(b))});
+    tensors = of_words(20);
+    tensors["lm_head.lora_A.weight"] = turned(tensors.at(b));
+    tensors["lm_head.lora_B.weight"] = turned(tensors.at(a));
+    write_adapter_as(folder / "alike", tensors);
+    changes.push_back({"alike", product(tensors.at(a), tensors.at(b)), product(tensors.at(a), tensors.at(b))});
+    tensors = factors("model.layers.0.q_proj", 6, 6, 30);
+    const auto whole = random_tensor({11, 6}, 32);
+    tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = whole;
+    write_adapter_as(folder / "whole", tensors,
+        {{"ensure_weight_tying", true}, {"modules_to_save", {"embed_tokens"}}, {"target_modules", {"q_proj"}}});
+    changes.push_back({"whole", less_words(whole), less_words(whole)});
+    tensors = of_words(40);
+    write_adapter_as(folder / "embedding", tensors);
+    changes.push_back({"embedding", product(tensors.at(a), tensors.at(b)), nothing});
+    tensors = factors("lm_head", 11, 6, 50);
+    write_adapter_as(folder / "head", tensors);
+    changes.push_back({"head", nothing,
+        product(turned(tensors.at("lm_head.lora_B.weight")), turned(tensors.at("lm_head.lora_A.weight")))});
+    tensors = factors("model.layers.0.q_proj", 6, 6, 60);
+    const auto saved = random_tensor({11, 6}, 62);
+    tensors["lm_head.weight"] = saved;
+    write_adapter_as(folder / "saved", tensors, {{"modules_to_save", {"lm_head"}}, {"target_modules", {"q_proj"}}});
+    changes.push_back({"saved", nothing, less_words(saved)});
+    // MLX's embedding is the head too.
+    const auto mlx_a = random_tensor({11, 2}, 70), mlx_b = random_tensor({2, 6}, 71);
+    std::filesystem::create_directories(folder / "mlx");
+    write_values(folder / "mlx/adapters.safetensors",
+        {{"model.embed_tokens.lora_a", mlx_a}, {"model.embed_tokens.lora_b", mlx_b}});
+    write_text(folder / "mlx/adapter_config.json", R"({"lora_parameters": {"rank": 2, "scale": 0.5}})");
+    changes.push_back({"mlx", product(turned(mlx_a), turned(mlx_b)), product(turned(mlx_a), turned(mlx_b))});
+
+    for (const bool head_stored : {false, true}) {
+        values_model base{
+            {"model.embed_tokens.weight", words}, {"model.layers.0.q_proj.weight", random_tensor({6, 6}, 2)}};
+        if (head_stored) { base["lm_head.weight"] = words; }
+        std::filesystem::create_directories(folder / "base");
+        write_values(folder / "base/model.safetensors", base);
+        write_text(folder / "base/config.json", R"({"model_type": "llama", "tie_word_embeddings": true})");
+        for (const auto& first : changes) {
+            for (const auto& second : changes) {
+                if (first.name == second.name) { continue; }
+                CAPTURE(first.name);
+                CAPTURE(second.name);
+                const auto done = run(folder,
+                    {"fuse", "--base", "base", "--adapter", first.name, "--adapter", second.name, "--out", "out"});
+                REQUIRE_MESSAGE(done.code == 0, done.err);
+                const auto found = read_values(folder / "out/model.safetensors");
+                const auto& embedding = found.at("model.embed_tokens.weight");
+                const auto& head = found.contains("lm_head.weight") ? found.at("lm_head.weight") : embedding;
+                double off = 0;
+                for (std::size_t i = 0; i < 66; ++i) {
+                    const double plain = double{words.values[i]};
+                    off = std::max({off,
+                        std::abs(double{embedding.values[i]} - (plain + first.embedding[i] + second.embedding[i])),
+                        std::abs(double{head.values[i]} - (plain + first.head[i] + second.head[i]))});
+                }
+                CHECK(off < 1e-5);
+                const bool parted =
+                    first.embedding != first.head || second.embedding != second.head; // a tensor of its own
+                CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["tie_word_embeddings"] == !parted);
+            }
+        }
+    }
+
+    // DoRA's norms are those of dimensions in an embedding, and of entries in its head: not one change.
+    write_values(folder / "base/model.safetensors",
+        {{"model.embed_tokens.weight", words}, {"model.layers.0.q_proj.weight", random_tensor({6, 6}, 2)}});
+    tensors = of_words(80);
+    tensors["lm_head.lora_A.weight"] = turned(tensors.at(b));
+    tensors["lm_head.lora_B.weight"] = turned(tensors.at(a));
+    tensors["model.embed_tokens.lora_magnitude_vector"] = random_tensor({6}, 82);
+    tensors["lm_head.lora_magnitude_vector"] = random_tensor({11}, 83);
+    write_adapter_as(folder / "rescaled", tensors, {{"ensure_weight_tying", true}, {"use_dora", true}});
+    const auto done = run(folder, {"fuse", "--base", "base", "--adapter", "rescaled", "--out", "out"});
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const auto found = read_values(folder / "out/model.safetensors");
+    auto direction = product(tensors.at(a), tensors.at(b));
+    for (std::size_t i = 0; i < 66; ++i) { direction[i] += double{words.values[i]}; }
+    for (std::size_t i = 0; i < 66; ++i) {
+        double of_column = 0, of_row = 0;
+        for (std::size_t k = 0; k < 11; ++k) { of_column += std::pow(direction[k * 6 + i % 6], 2); }
+        for (std::size_t k = 0; k < 6; ++k) { of_row += std::pow(direction[i / 6 * 6 + k], 2); }
+        const double embedding = double{tensors.at("model.embed_tokens.lora_magnitude_vector").values[i % 6]}
+            * direction[i] / std::sqrt(of_column),
+                     head = double{tensors.at("lm_head.lora_magnitude_vector").values[i / 6]} * direction[i]
+            / std::sqrt(of_row);
+        CHECK(std::abs(double{found.at("model.embed_tokens.weight").values[i]} - embedding) < 1e-5);
+        CHECK(std::abs(double{found.at("lm_head.weight").values[i]} - head) < 1e-5);
+    }
+    write_adapter_as(folder / "rescaled", tensors,
+        {{"ensure_weight_tying", true}, {"use_dora", true}, {"target_modules", {"embed_tokens"}}});
+    refused(folder, {"fuse", "--base", "base", "--adapter", "rescaled", "--out", "no", "--quiet"}, 1,
+        "add 'lm_head' to target_modules");
+}
+
+TEST_CASE("where a head comes apart from T5's embedding, every name of that has what was done to it")
+{
+    const scratch folder;
+    const auto shared = random_tensor({11, 6}, 1);
+    std::filesystem::create_directories(folder / "base");
+    write_values(folder / "base/model.safetensors",
+        {{"shared.weight", shared}, {"encoder.block.0.q.weight", random_tensor({6, 6}, 2)},
+            {"decoder.block.0.q.weight", random_tensor({6, 6}, 3)}});
+    write_text(folder / "base/config.json",
+        R"({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": true})");
+    const values_model of_words{
+        {"shared.lora_embedding_A", random_tensor({2, 11}, 4)}, {"shared.lora_embedding_B", random_tensor({6, 2}, 5)}};
+    const auto of_head = factors("lm_head", 11, 6, 6);
+    write_adapter_as(folder / "words", of_words);
+    write_adapter_as(folder / "head", of_head);
+    const auto changed =
+        added(shared, of_words.at("shared.lora_embedding_A"), of_words.at("shared.lora_embedding_B"), 0.5, true);
+    for (const bool turned : {false, true}) {
+        const auto done = run(folder,
+            {"fuse", "--base", "base", "--adapter", turned ? "head" : "words", "--adapter", turned ? "words" : "head",
+                "--out", "out"});
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        const auto found = read_values(folder / "out/model.safetensors");
+        for (const std::string name : {"shared", "encoder.embed_tokens", "decoder.embed_tokens"}) {
+            CHECK(found.at(name + ".weight").values == changed.values);
+        }
+        // The embedding changed under all its names, of which the head was one.
+        const auto head = added(changed, of_head.at("lm_head.lora_A.weight"), of_head.at("lm_head.lora_B.weight"), 0.5);
+        for (std::size_t i = 0; i < 66; ++i) {
+            CHECK(std::abs(found.at("lm_head.weight").values[i] - head.values[i]) < 1e-5F);
+        }
+    }
+}
+
+TEST_CASE("beside an embedding that grew others change the rows that they know, and no second one grows it")
+{
+    const scratch folder;
+    std::filesystem::create_directories(folder / "base");
+    const auto words = random_tensor({6, 4}, 2);
+    write_values(folder / "base/model.safetensors",
+        {{"lm_head.weight", random_tensor({6, 4}, 1)}, {"model.embed_tokens.weight", words},
+            {"model.layers.0.q.weight", random_tensor({4, 4}, 3)}});
+    write_text(
+        folder / "base/config.json", R"({"model_type": "llama", "vocab_size": 6, "tie_word_embeddings": false})");
+    auto tensors = factors("model.layers.0.q", 4, 4, 10);
+    const auto head = random_tensor({8, 4}, 5), embedding = random_tensor({8, 4}, 6);
+    tensors["model.embed_tokens.weight"] = embedding;
+    tensors["lm_head.weight"] = head;
+    write_adapter_as(folder / "grown", tensors);
+    const auto of_head = factors("lm_head", 6, 4, 20);
+    values_model plain = of_head;
+    plain["model.embed_tokens.lora_embedding_A"] = random_tensor({2, 6}, 22);
+    plain["model.embed_tokens.lora_embedding_B"] = random_tensor({4, 2}, 23);
+    plain["model.embed_tokens.base_layer.weight"] = words; // as PEFT keeps it
+    write_adapter_as(folder / "plain", plain);
+    const auto first_rows = [](values_tensor x) {
+        x.shape[0] = 6;
+        x.values.resize(24);
+        return x;
+    };
+    const auto changed_words = added(first_rows(embedding), plain.at("model.embed_tokens.lora_embedding_A"),
+        plain.at("model.embed_tokens.lora_embedding_B"), 0.5, true);
+    const auto changed_head =
+        added(first_rows(head), plain.at("lm_head.lora_A.weight"), plain.at("lm_head.lora_B.weight"), 0.5);
+    const auto line = [](const std::string& first, const std::string& second) {
+        return std::vector<std::string>{
+            "fuse", "--base", "base", "--adapter", first, "--adapter", second, "--out", "out", "--quiet"};
+    };
+    for (const bool turned : {false, true}) {
+        const auto done = run(folder, turned ? line("grown", "plain") : line("plain", "grown"));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        const auto found = read_values(folder / "out/model.safetensors");
+        const auto is = [&](const std::string& name, const values_tensor& known, const values_tensor& whole) {
+            auto expected = whole;
+            std::copy(known.values.begin(), known.values.end(), expected.values.begin());
+            CHECK(found.at(name).values == expected.values);
+        };
+        is("model.embed_tokens.weight", changed_words, embedding);
+        is("lm_head.weight", changed_head, head);
+    }
+    const std::string both = "fold each adapter into the base by itself";
+    tensors["model.embed_tokens.weight"] = random_tensor({8, 4}, 30);
+    write_adapter_as(folder / "other", tensors);
+    tensors["model.embed_tokens.weight"] = random_tensor({9, 4}, 31);
+    tensors["lm_head.weight"] = random_tensor({9, 4}, 32);
+    write_adapter_as(folder / "longer", tensors);
+    tensors.erase("lm_head.weight");
+    tensors["model.embed_tokens.weight"] = random_tensor({6, 4}, 33);
+    write_adapter_as(folder / "saved", tensors);
+    for (const std::string second : {"other", "longer", "saved"}) {
+        CAPTURE(second);
+        refused(folder, line("grown", second), 1, both);
+        refused(folder, line(second, "grown"), 1, both);
+    }
+    refused(folder, line("grown", "grown"), 1, both); // its rows of the base were trained
+    auto rescaled = of_head;
+    rescaled["lm_head.lora_magnitude_vector"] = random_tensor({6}, 40);
+    write_adapter_as(folder / "rescaled", rescaled, {{"use_dora", true}});
+    refused(folder, line("rescaled", "grown"), 1, "whose norms are those of 6 rows");
+    // What PEFT keeps of a vocabulary that was resized before training is one for all: nothing of it was trained.
+    const auto base_head = read_values(folder / "base/model.safetensors").at("lm_head.weight");
+    const auto resized = [](const values_tensor& x, unsigned seed) {
+        auto made = random_tensor({8, 4}, seed);
+        std::copy(x.values.begin(), x.values.end(), made.values.begin());
+        return made;
+    };
+    const auto resized_words = resized(words, 50), resized_head = resized(base_head, 51);
+    for (const std::string name : {"one", "two"}) {
+        auto own = factors("model.layers.0.q", 4, 4, name == "one" ? 60 : 70);
+        own["model.embed_tokens.weight"] = resized_words;
+        own["lm_head.weight"] = resized_head;
+        write_adapter_as(folder / name, own);
+    }
+    const auto done = run(folder, line("one", "two"));
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const auto found = read_values(folder / "out/model.safetensors");
+    CHECK(found.at("model.embed_tokens.weight").values == resized_words.values);
+    CHECK(found.at("lm_head.weight").values == resized_head.values);
+}
+
+TEST_CASE("what an adapter calls otherwise than the base is left out by its own name")
+{
+    const scratch folder;
+    const std::string module = "text_model.encoder.layers.0.mlp.fc1";
+    const auto weight = random_tensor({6, 4}, 1);
+    write_values(folder / "base.safetensors", {{module + ".weight", weight}});
+    for (const bool kohya : {false, true}) {
+        values_model tensors;
+        const auto first = factors(module, 6, 4, 10), second = factors(module, 6, 4, 20);
+        const auto add = [&](const values_model& pair, const std::string& component, const std::string& number) {
+            const auto stem = kohya ? "lora_te" + number + "_text_model_encoder_layers_0_mlp_fc1" : component + module;
+            tensors[stem + (kohya ? ".lora_down.weight" : ".lora_A.weight")] = pair.at(module + ".lora_A.weight");
+            tensors[stem + (kohya ? ".lora_up.weight" : ".lora_B.weight")] = pair.at(module + ".lora_B.weight");
+        };
+        add(first, "text_encoder.", "1");
+        add(second, "text_encoder_2.", "2");
+        write_values(folder / "a.safetensors", tensors);
+        std::vector<std::string> line{
+            "fuse", "--base", "base.safetensors", "--adapter", "a.safetensors", "--out", "out.safetensors", "--quiet"};
+        refused(folder, line, 1, "may both mean");
+        for (const bool other : {false, true}) {
+            auto excluding = line;
+            excluding.insert(excluding.end(),
+                {"--exclude",
+                    kohya ? (other ? "^lora_te2_" : "^lora_te1_")
+                          : (other ? "^text_encoder_2\\." : "^text_encoder\\.")});
+            const auto done = run(folder, excluding);
+            REQUIRE_MESSAGE(done.code == 0, done.err);
+            const auto& kept = other ? first : second;
+            CHECK(read_values(folder / "out.safetensors").at(module + ".weight").values
+                == added(weight, kept.at(module + ".lora_A.weight"), kept.at(module + ".lora_B.weight"), 1).values);
+        }
+    }
+}
+
+TEST_CASE("one adapter with two namings is two adapters, which are written differently")
+{
+    const scratch folder;
+    const auto base = two_layers();
+    write_values(folder / "base.safetensors",
+        {{"layers.0.weight", base.at("layers.1.weight")}, {"layers.1.weight", base.at("layers.1.weight")}});
+    const auto pair = factors("layers.0", 20, 20, 10);
+    write_adapter_as(folder / "a", pair);
+    std::vector<std::string> line{"fuse", "--base", "base.safetensors", "--adapter", "a", "--adapter", "a", "--rename",
+        R"(layers\.0=layers.1)", "--out", "out.safetensors"};
+    refused(folder, line, 2, "write them differently, as 'a' and './a'");
+    line[6] = "./a";
+    const auto done = run(folder, line);
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    const auto changed =
+        added(base.at("layers.1.weight"), pair.at("layers.0.lora_A.weight"), pair.at("layers.0.lora_B.weight"), 0.5);
+    const auto found = read_values(folder / "out.safetensors");
+    CHECK(found.at("layers.0.weight").values == changed.values);
+    CHECK(found.at("layers.1.weight").values == changed.values);
+}

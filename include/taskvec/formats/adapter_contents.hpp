@@ -147,6 +147,15 @@ struct layer_place {
     }
     return false;
 }
+/// Whether a module read from MLX's files is an embedding under DoRA, whose magnitudes are one for each entry there:
+/// its outputs are the entries, and its factors lie as a linear layer's.
+template <arithmetic_element T>
+[[nodiscard]] bool is_rescaled_by_entry(
+    const adapter_contents<T>& adapter, const std::string& module, const adapted_module<T>& made) noexcept
+{
+    return adapter.dialect == adapter_dialect::mlx && !made.magnitude.empty() && !made.embedding
+        && is_mlx_embedding(module);
+}
 /// The key in the header of a safetensors file under which diffusers keeps the configurations of what is in it: JSON,
 /// each field under its component's name ("unet.lora_alpha").
 inline constexpr const char* diffusers_metadata_key = "lora_adapter_metadata";

@@ -270,6 +270,14 @@ template <arithmetic_element T>
         if ((to_diffusers || dialect == adapter_dialect::kohya) && made.embedding) { lose(name, "it is an embedding"); }
         if (!is_peft && made.bias.rank() > 0) { lose("the bias of " + name, "it has no place there"); }
         if (to_gguf && !made.magnitude.empty()) { lose(name, "it is DoRA's"); }
+        const bool by_entry = detail::is_rescaled_by_entry(adapter, module, made);
+        if (to_mlx ? made.embedding && !made.magnitude.empty() : by_entry && !to_gguf) {
+            lose(name,
+                to_mlx ? "it is DoRA's of an embedding, with a magnitude for each dimension, and MLX has one for each "
+                         "entry: fold it into its base"
+                       : "it is DoRA's of an embedding, with a magnitude for each entry, which MLX alone has: fold it "
+                         "into its base");
+        }
         if (dialect != adapter_dialect::kohya && !to_gguf && made.magnitude.empty()
             && rescaled.contains(group_of(module))) {
             lose(name,
@@ -449,6 +457,15 @@ template <arithmetic_element T>
         }
         default: { // of an embedding `in` is its entries, and both lie as a linear layer's
             const auto all = static_cast<std::int64_t>(mlx_rank);
+            if (detail::is_rescaled_by_entry(adapter, module, made)) { // which `out` is
+                writer.add(module + ".lora_a", type, {out_size, all}, update.out(), mlx_rank,
+                    [&](std::size_t o, std::size_t k) { return k < update.rank() ? up(o, k) : 0; });
+                writer.add(module + ".lora_b", type, {all, a_shape[1]}, mlx_rank, update.in(),
+                    [&](std::size_t k, std::size_t i) { return k < update.rank() ? down(k, i) : 0; });
+                add_magnitude(module + ".m", {out_size});
+                mlx_keys.insert(std::string(detail::place_in_layers(module).within));
+                break;
+            }
             writer.add(module + ".lora_a", type, {a_shape[1], all}, update.in(), mlx_rank,
                 [&](std::size_t i, std::size_t k) { return k < update.rank() ? down(k, i) : 0; });
             writer.add(module + ".lora_b", type, {all, out_size}, mlx_rank, update.out(),
@@ -484,6 +501,7 @@ template <arithmetic_element T>
         if (!options.task_type.empty()) { for_config.config["task_type"] = options.task_type; }
         auto config = peft_config(for_config);
         config["fan_in_fan_out"] = adapter.fan_in_fan_out;
+        if (adapter.tied) { config["ensure_weight_tying"] = true; }
         config["use_dora"] = dora;
         config["lora_bias"] = biased;
         out.config = config.dump(2) + "\n";

@@ -240,7 +240,11 @@ private:
         if (mlx) { refuse_mlx_experts({&a, &b}); }
         made_.update.a = factor(a);
         made_.update.b = factor(b);
-        if (mlx) {
+        if (mlx && made_.embedding && parts_.get(role::magnitude)) { // one for each entry: the outputs are these
+            made_.embedding = false;
+            std::swap(made_.update.a, made_.update.b);
+        }
+        else if (mlx) {
             made_.update.a = transposed_copy(made_.update.a);
             made_.update.b = transposed_copy(made_.update.b);
         }

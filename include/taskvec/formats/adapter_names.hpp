@@ -603,6 +603,32 @@ void take_shape(adapted_module<T>& made, const const_tensor_ref& to, adapter_dia
     }
 }
 
+/// What check_shape() is told of a module and its weight.
+struct shape_check {
+    const std::string &tensor, &module, &label; ///< the names of the weight, the module and the adapter, for messages
+    std::size_t blocks = 1; ///< how many modules the weight is, one below the other
+    bool may_grow = false; ///< the update may have more rows, of tokens that were added
+};
+/// Throws shape_mismatch for a module that is not of the shape of its weight in a base, either way round, or of another
+/// kernel. Of weights that are packed, and so of no shape of their own, nothing is said.
+///
+///     check_shape(made, *base.find(tensor), {.tensor = tensor, .module = module, .label = adapter.label});
+template <arithmetic_element T>
+void check_shape(const adapted_module<T>& made, const const_tensor_ref& to, const shape_check& of)
+{
+    if (!is_storage(to.dtype) && !is_fp8(to.dtype)) { return; }
+    detail::check_kernel(made, to, of.tensor, of.module, of.label);
+    const auto sides = adapted_model::sides(to.shape, to.size(of.tensor));
+    const std::size_t rows = sides.first / std::max<std::size_t>(of.blocks, 1), columns = sides.second,
+                      out = made.update.out(), in = made.update.in();
+    const bool fits = columns == in && (rows == out || (of.may_grow && rows < out)),
+               turned = to.shape.size() == 2 && columns == out && (rows == in || (of.may_grow && rows < in));
+    if (fits || turned) { return; }
+    raise<shape_mismatch>(error_code::adapter_shape,
+        message("tensor '", of.tensor, "' has shape ", to_string(to.shape), ", and the update of module '", of.module,
+            "' in ", of.label, " is ", out, "×", in, ": this adapter belongs to another base"));
+}
+
 /// A module's name in its model, with the component that `module` names, as diffusers calls it, before it; none where
 /// that names none.
 [[nodiscard]] inline std::string with_component_of(std::string_view module, const std::string& name)
@@ -675,11 +701,13 @@ template <arithmetic_element T>
 
 namespace detail {
 
-/// Whether the matrices of a stack of experts lie in×out, as those of gpt-oss and Llama 4 do, by the shapes of
-/// gate_up_proj and down_proj beside one another; nothing where they do not tell.
+/// Whether PEFT takes the matrices of a stack of experts for in×out, as those of gpt-oss lie, by the shapes of
+/// gate_up_proj and down_proj beside one another; nothing where they do not tell. Llama 4's (feed_forward.experts) lie
+/// so too, and transformers does not say it of them: PEFT takes their columns for inputs.
 [[nodiscard]] inline std::optional<bool> experts_lie_in_by_out(const const_model_ref& base, const std::string& tensor)
 {
     const auto owner = tensor.substr(0, tensor.rfind('.') + 1);
+    if (("." + owner).ends_with(".feed_forward.experts.")) { return false; }
     const auto *const both = base.find(owner + "gate_up_proj"), *const down = base.find(owner + "down_proj");
     if (!both || !down || both->shape.size() != 3 || down->shape.size() != 3) { return std::nullopt; }
     const bool plain = both->shape[2] == down->shape[1] && both->shape[1] == 2 * down->shape[2],
