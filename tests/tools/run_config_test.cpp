@@ -10,6 +10,7 @@
 #include <chrono>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <random>
 #include <tuple>
 
@@ -327,6 +328,80 @@ TEST_CASE("slices put layers of several models together, numbered anew")
               "layer_range: [2, 3]}]\n"
             + end),
         "this slice merges 1 model and the first 2");
+}
+
+TEST_CASE("config.json says of slices of which kind each layer is, or a note says that it cannot")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    using nlohmann::json;
+    // Layers 0, 1, 1, 2, or those of `slices`. Returns what config.json says then, and the notes.
+    const auto sliced = [&](json config, const std::vector<std::string>& slices = {"[0, 2]", "[1, 3]"},
+                            const std::string& model = "a") {
+        config["num_hidden_layers"] = 3;
+        spill(m.folder / model / "config.json", config.dump());
+        std::string text = "merge_method: passthrough\nslices:\n";
+        for (const auto& range : slices) {
+            text += "  - sources: [{model: " + model + ", layer_range: " + range + "}]\n";
+        }
+        std::filesystem::remove_all(m.folder / "out");
+        m.write(text);
+        const auto done = m.run_it();
+        REQUIRE(done.code == 0);
+        return std::pair(json::parse(slurp(m.folder / "out/config.json")), done.err);
+    };
+    const auto becomes = [&](const json& before, const json& after,
+                             const std::vector<std::string>& slices = {"[0, 2]", "[1, 3]"}) {
+        const auto [config, notes] = sliced(before, slices);
+        CAPTURE(before.dump());
+        for (const auto& [key, value] : after.items()) { CHECK(config[key] == value); }
+        CHECK(notes.find("config.json: ") == notes.npos);
+    };
+    // Numbers of layers, one word for each, and patterns of words.
+    becomes({{"mlp_only_layers", {1}}}, {{"mlp_only_layers", {1, 2}}, {"num_hidden_layers", 4}});
+    becomes({{"moe_layers", {0, 1, 2}}}, {{"moe_layers", {0, 1, 2, 3}}});
+    becomes({{"attn_layer_indices", {0, 2}}}, {{"attn_layer_indices", {0, 3}}});
+    becomes({{"activation_sparsity_pattern", {0.5, 0.25, 0}}}, {{"activation_sparsity_pattern", {0.5, 0.25, 0.25, 0}}});
+    becomes({{"hybrid_override_pattern", "M*-"}}, {{"hybrid_override_pattern", "M**-"}});
+    becomes({{"block_types", {"r", "a"}}}, {{"block_types", {"r", "a", "a", "r"}}});
+    becomes({{"block_types", {"r", "r", "a"}}}, {{"block_types", {"r", "r", "a"}}}, {"[0, 3]", "[0, 1]"});
+    becomes(json::parse(R"({"attention_types": [[["global", "local"], 1], [["global"], 1]]})"),
+        json::parse(R"({"attention_types": [[["global"], 1], [["local"], 1], [["local"], 1], [["global"], 1]]})"));
+    // Numbers that layers are compared with: those that say it, as few of them as will do other than they were.
+    becomes({{"first_k_dense_replace", 1}}, {{"first_k_dense_replace", 1}});
+    becomes({{"first_k_dense_replace", 2}}, {{"first_k_dense_replace", 3}});
+    becomes({{"first_k_dense_replace", 1}}, {{"first_k_dense_replace", 0}}, {"[1, 3]"});
+    becomes({{"moe_layer_start_index", 1}, {"moe_layer_end_index", 1}, {"moe_layer_interval", 1}},
+        {{"moe_layer_start_index", 1}, {"moe_layer_end_index", 2}, {"moe_layer_interval", 1}});
+    becomes({{"attn_layer_period", 3}, {"attn_layer_offset", 2}}, {{"attn_layer_period", 4}, {"attn_layer_offset", 3}});
+    becomes({{"expert_layer_period", 2}, {"expert_layer_offset", 1}},
+        {{"expert_layer_period", 2}, {"expert_layer_offset", 0}}, {"[1, 3]"});
+    becomes({{"sliding_window_pattern", 2}, {"layer_types", {"s", "f", "s"}}},
+        {{"sliding_window_pattern", 2}, {"layer_types", {"s", "f", "f", "s"}}});
+    for (const auto& [key, before] : std::map<std::string, json>{
+             {"attn_layer_period and attn_layer_offset", {{"attn_layer_period", 2}, {"attn_layer_offset", 1}}},
+             {"sliding_window_pattern", {{"sliding_window_pattern", 2}}},
+             {"sliding_window_pattern ", {{"model_type", "gemma2"}}}}) {
+        const auto [config, notes] = sliced(before);
+        has(notes, "config.json: " + key.substr(0, key.find_last_not_of(' ') + 1) + " tell");
+        for (const auto& [name, value] : before.items()) { CHECK(config[name] == value); }
+    }
+    // The first layer has tensors that others have not, and nothing tells it.
+    std::filesystem::create_directories(m.folder / "mixed");
+    auto mixed = m.a;
+    mixed.erase("layers.0.mlp.weight");
+    write_values(m.folder / "mixed/model.safetensors", mixed);
+    const auto notes_of = [&](const json& config, const std::vector<std::string>& slices) {
+        return sliced(config, slices, "mixed").second;
+    };
+    const std::string differ = "config.json: layers 0 and 2 of the result hold different tensors";
+    has(notes_of(json::object(), {"[0, 1]", "[0, 3]"}), differ);
+    CHECK(notes_of(json::object(), {"[0, 2]", "[2, 3]"}).find("hold different") == std::string::npos);
+    CHECK(notes_of({{"layer_types", {"p", "q", "q"}}}, {"[0, 1]", "[0, 3]"}).find("different") == std::string::npos);
+    CHECK(notes_of({{"first_k_dense_replace", 1}}, {"[0, 1]", "[0, 3]"}).find("different") == std::string::npos);
+    has(notes_of({{"layer_types", {"p", "p", "q"}}}, {"[0, 1]", "[0, 3]"}), differ);
+}
+
 }
 
 TEST_CASE("heads that are tied in one of the models of slices come out as the last model's")
