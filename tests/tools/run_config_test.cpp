@@ -12,6 +12,7 @@
 #include <limits>
 #include <map>
 #include <random>
+#include <sstream>
 #include <tuple>
 
 using namespace tools_test;
@@ -400,6 +401,45 @@ TEST_CASE("config.json says of slices of which kind each layer is, or a note say
     CHECK(notes_of({{"layer_types", {"p", "q", "q"}}}, {"[0, 1]", "[0, 3]"}).find("different") == std::string::npos);
     CHECK(notes_of({{"first_k_dense_replace", 1}}, {"[0, 1]", "[0, 3]"}).find("different") == std::string::npos);
     has(notes_of({{"layer_types", {"p", "p", "q"}}}, {"[0, 1]", "[0, 3]"}), differ);
+}
+
+TEST_CASE("lists are spread over the layers of a model, not over those for predicting further tokens")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto spread = [&](bool own) { // whether the last layer has a tensor of its own
+        for (const auto& [name, model] : {std::pair{"base", &m.base}, {"a", &m.a}}) {
+            auto further = *model;
+            for (const auto* part : {".attn.weight", ".mlp.weight"}) {
+                further[std::string("layers.3") + part] = model->at(std::string("layers.2") + part);
+            }
+            if (own) { further["layers.3.eh_proj.weight"] = model->at("layers.0.mlp.weight"); }
+            write_values(m.folder / name / "model.safetensors", further);
+            spill(m.folder / name / "config.json", R"({"num_hidden_layers": 3})");
+        }
+        const auto out = m.result("merge_method: task_arithmetic\nbase_model: base\n"
+                                  "models: [{model: a, parameters: {weight: [0, 1]}}]\n");
+        const auto along = m.merged({"--method", "slerp", "--base", "base", "--task", "a", "--t", "0,1"});
+        for (const auto& [name, t] : std::map<std::string, double>{{"layers.0.mlp.weight", 0},
+                 {"layers.1.attn.weight", own ? 1.0 / 2 : 1.0 / 3}, {"layers.2.mlp.weight", own ? 1 : 2.0 / 3},
+                 {"layers.3.mlp.weight", 1}, {"layers.3.attn.weight", 1}, {"norm.weight", 0}}) {
+            CAPTURE_BOUND(name);
+            const bool further = name.starts_with("layers.3");
+            const auto of = further ? "layers.2" + name.substr(8) : name;
+            for (std::size_t i = 0; i < 42; ++i) {
+                const double from = m.base.at(of).values[i], to = m.a.at(of).values[i];
+                CHECK(out.at(name).values[i] == doctest::Approx(from + t * (to - from)).epsilon(1e-5));
+            }
+            if (name == "norm.weight") { continue; } // it has --t's default
+            std::ostringstream number;
+            number.precision(17);
+            number << t;
+            const auto alone = m.merged({"--method", "slerp", "--base", "base", "--task", "a", "--t", number.str()});
+            CHECK(along.at(name).values == alone.at(name).values);
+        }
+    };
+    spread(true);
+    spread(false); // a fourth layer as the others are, which config.json does not know
 }
 
 }
