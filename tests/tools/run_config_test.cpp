@@ -442,6 +442,27 @@ TEST_CASE("lists are spread over the layers of a model, not over those for predi
     spread(false); // a fourth layer as the others are, which config.json does not know
 }
 
+TEST_CASE("the norm and the head of linear slices are of as many models as the first slice has")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto slices = [](const std::string& semantics) {
+        return "merge_method: linear\nparameters: {weight: 1}\ntaskvec: {semantics: " + semantics
+            + "}\nslices:\n  - sources: [{model: b, layer_range: [0, 2]}]\n"
+              "  - sources: [{model: a, layer_range: [2, 3]}, {model: b, layer_range: [2, 3]}]\n";
+    };
+    const auto half = [&](const std::string& name, std::size_t i) {
+        return (m.a.at(name).values[i] + m.b.at(name).values[i]) / 2;
+    };
+    const auto theirs = m.result(slices("mergekit")), ours = m.result(slices("paper"));
+    CHECK(theirs.at("norm.weight").values == m.a.at("norm.weight").values);
+    CHECK(theirs.at("embed.weight").values == m.b.at("embed.weight").values);
+    for (std::size_t i = 0; i < 42; ++i) {
+        CHECK(ours.at("norm.weight").values[i] == doctest::Approx(half("norm.weight", i)));
+        CHECK(theirs.at("layers.2.mlp.weight").values[i] == doctest::Approx(half("layers.2.mlp.weight", i)));
+    }
+}
+
 }
 
 TEST_CASE("heads that are tied in one of the models of slices come out as the last model's")
