@@ -463,6 +463,27 @@ TEST_CASE("the norm and the head of linear slices are of as many models as the f
     }
 }
 
+TEST_CASE("models that are none are refused with their place")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    for (const auto* folder : {"empty", "cut", "lora"}) { std::filesystem::create_directories(m.folder / folder); }
+    const auto whole = slurp(m.folder / "a/model.safetensors");
+    spill(m.folder / "cut/model.safetensors", whole.substr(0, whole.size() - 100));
+    spill(m.folder / "text", "x");
+    spill(m.folder / "lora/adapter_model.safetensors", slurp(m.folder / "a/model.safetensors"));
+    for (const auto* model : {"empty", "empty/", "cut", "text", "lora", "a+b", "a+empty"}) {
+        CAPTURE(model);
+        has(m.refusal(
+                std::string("merge_method: linear\nmodels:\n  - {model: b, parameters: {weight: 1}}\n  - {model: ")
+                + model + ", parameters: {weight: 1}}\n"),
+            "error: config.yml:4:13: ");
+    }
+    has(m.refusal("merge_method: ties\nbase_model: empty\n" + tasks), "error: config.yml:2:13: empty: ");
+    has(m.refusal("merge_method: passthrough\nslices:\n  - sources: [{model: cut, layer_range: [0, 2]}]\n"),
+        "error: config.yml:3:23: cut/model.safetensors: ");
+}
+
 }
 
 TEST_CASE("heads that are tied in one of the models of slices come out as the last model's")
