@@ -132,8 +132,33 @@ option_values read_own(reading& it, const mapping& top)
     return options;
 }
 
+/// What makes a file one of mergekit's other commands', by a key that only these have.
+void refuse_other_commands(const place& where, const YAML::Node& document)
+{
+    static const std::map<std::string, std::string> others = [] {
+        std::map<std::string, std::string> made;
+        for (const auto* key : {"gate_mode", "experts", "experts_per_token", "shared_experts"}) {
+            made[key] = "mergekit-moe, which makes experts of models; that is not here: 'taskvec run' merges models of "
+                        "one shape";
+        }
+        made["genome"] = "mergekit-evolve, which searches for parameters; 'taskvec sweep' tries them by a program that "
+                         "scores each merge";
+        made["layer_slices"] = "bakllama; here it is merge_method: passthrough with slices: [{sources: [{model: M, "
+                               "layer_range: [START, END]}]}]";
+        return made;
+    }();
+    const mapping top(where, document, "a configuration");
+    for (const auto& entry : top.entries()) {
+        const auto other = others.find(entry.name);
+        if (other == others.end()) { continue; }
+        where.fail(entry.key,
+            "'" + entry.name + "' is a key of mergekit's other command " + other->second + " (docs/migrate.md)");
+    }
+}
+
 void read(reading& it, const YAML::Node& document)
 {
+    refuse_other_commands(it.where, document);
     const mapping top(it.where, document, "a configuration",
         {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
             "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});

@@ -484,6 +484,27 @@ TEST_CASE("models that are none are refused with their place")
         "error: config.yml:3:23: cut/model.safetensors: ");
 }
 
+TEST_CASE("options and configurations of mergekit's other commands are refused with what to do instead")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    has(m.refusal("base_model: base\ngate_mode: hidden\nexperts: [{source_model: a}]\n"),
+        "config.yml:2:1: 'gate_mode' is a key of mergekit's other command mergekit-moe");
+    has(m.refusal("genome:\n  models: [a, b]\n"), "config.yml:1:1: 'genome' is a key of");
+    has(m.refusal("layer_slices:\n  - {model: a, start: 0, end: 2}\n"), "passthrough with slices: [");
+    m.write("merge_method: linear\n" + tasks);
+    for (const auto& [word, instead] : std::map<std::string, std::string>{{"--lazy-unpickle", "always so"},
+             {"--no-cuda", "--device cuda"}, {"--out-shard-size=5B", "--shard-size 5GB"}, {"-j", "--threads"}}) {
+        const auto done = m.run_it({word});
+        CHECK(done.code == 2);
+        CHECK(is_error_line(done.err));
+        has(done.err, "is an option of mergekit-yaml: ");
+        has(done.err, instead);
+        has(done.err, "(docs/migrate.md)");
+    }
+    const auto other = m.run_it({"--such-as-this"});
+    CHECK(other.code == 2);
+    CHECK(other.err.find("mergekit") == std::string::npos);
 }
 
 TEST_CASE("heads that are tied in one of the models of slices come out as the last model's")
