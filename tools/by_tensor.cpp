@@ -66,14 +66,15 @@ bool part_of_model::holds(std::string_view tensor) const
 namespace {
 
 /// The number of a layer among `count`. mergekit rounds a layer's share of the depth first, and takes a single layer
-/// for the last one.
+/// for the last one. Layers behind these, for predicting further tokens, are as the last one.
 double at_depth(const option_value& value, std::size_t layer, std::size_t count)
 {
     const double last = static_cast<double>(value.numbers.size() - 1), layers = static_cast<double>(count) - 1;
+    const double at = std::min(static_cast<double>(layer), layers);
     double place = 0;
-    if (value.as_in_mergekit) { place = (count > 1 ? static_cast<double>(layer) / layers : 1) * last; }
+    if (value.as_in_mergekit) { place = (count > 1 ? at / layers : 1) * last; }
     else if (count > 1) {
-        place = last * static_cast<double>(layer) / layers;
+        place = last * at / layers;
     }
     const auto left = std::min(static_cast<std::size_t>(place), value.numbers.size() - 2);
     const double share = place - static_cast<double>(left);
@@ -103,8 +104,10 @@ class tensor_values {
 public:
     /// `view`: the layers of the model that has the values for itself. Filters of a configuration mean its names; those
     /// of what all models share mean the result's. `of_model`: which options are a model's own; empty: all of them.
+    /// `before`: how many layers count where further ones stand behind them.
     tensor_values(const option_values& values, const taskvec::aligned_models& models, const run_options& run,
-        const model_view* view = nullptr, const std::set<std::string>& of_model = {})
+        const std::map<std::string, std::size_t>& before, const model_view* view = nullptr,
+        const std::set<std::string>& of_model = {})
         : view_(view)
     {
         std::vector<std::string> names, names_in_model;
@@ -114,6 +117,11 @@ public:
             if (const auto layer = layer_of(tensor.name)) {
                 auto& count = layers_[layer->first];
                 count = std::max(count, layer->second + 1);
+            }
+        }
+        for (const auto& [prefix, count] : before) {
+            if (const auto place = layers_.find(prefix); place != layers_.end()) {
+                place->second = std::min(place->second, count);
             }
         }
         std::vector<std::string> unmatched;
@@ -245,6 +253,15 @@ std::set<std::string> rows_of_models(const merge_request& request)
     return rows;
 }
 
+/// How many layers of the result count for values that are spread over them, where further ones stand behind; slices
+/// have none.
+std::map<std::string, std::size_t> layers_that_count(const merge_request& request, const merge_inputs& inputs)
+{
+    if (!request.views.empty() || inputs.tasks().empty()) { return {}; }
+    const auto& first = inputs.base() ? *inputs.base() : inputs.tasks().front();
+    return layers_before_prediction(first.model(), config_beside(first.path()));
+}
+
 /// Whether a merge divides by the sum of the weights as mergekit does.
 bool divides_as_mergekit(const merge_request& request)
 {
@@ -283,8 +300,9 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
     method_call call{policy, inputs.models(), request.options, all, request, inputs, request.run.device == "cuda",
         static_cast<std::size_t>(request.run.memory_bytes())};
     const auto* const first = view_of(request, request.tasks.empty() ? "" : request.tasks.front());
-    auto values =
-        std::make_shared<tensor_values>(request.options, inputs.models(), request.run, first, rows_of_models(request));
+    const auto before = layers_that_count(request, inputs);
+    auto values = std::make_shared<tensor_values>(
+        request.options, inputs.models(), request.run, before, first, rows_of_models(request));
     if (!values->empty()) {
         call.values_of = [values](std::string_view tensor) { return values->of(tensor); };
     }
@@ -293,7 +311,7 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
         const auto place = request.weights.find(inputs.arguments()[t].text);
         if (place != request.weights.end()) {
             const auto* const view = view_of(request, place->first);
-            weights.emplace_back(t, tensor_values(place->second, inputs.models(), request.run, view));
+            weights.emplace_back(t, tensor_values(place->second, inputs.models(), request.run, before, view));
         }
     }
     if (!weights.empty()) {
@@ -314,7 +332,7 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
             if (!value.by_tensor) { call.of_tasks[t].push_back(value); }
         }
         const auto* const view = view_of(request, place->first);
-        if (tensor_values more(place->second, inputs.models(), request.run, view); !more.empty()) {
+        if (tensor_values more(place->second, inputs.models(), request.run, before, view); !more.empty()) {
             own.emplace_back(t, std::move(more));
         }
     }

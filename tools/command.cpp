@@ -48,6 +48,36 @@ std::map<const CLI::Option*, std::vector<std::string>>& words_of()
     return words;
 }
 
+/// Options of other programs that a verb knows.
+struct foreign_options {
+    std::string whose, page; ///< the latter has all of them
+    std::vector<std::pair<std::string, std::string>> options{};
+};
+std::map<const CLI::App*, foreign_options>& foreign_of()
+{
+    static std::map<const CLI::App*, foreign_options> all;
+    return all;
+}
+
+/// What another program means by a word that is no option here, the first of a command line; empty where there is none.
+std::string foreign_words(const CLI::App& verb)
+{
+    const auto place = foreign_of().find(&verb);
+    if (place == foreign_of().end()) { return ""; }
+    const auto& [whose, page, options] = place->second;
+    for (const auto& word : command_words()) {
+        auto name = word.substr(0, word.find('='));
+        if (verb.get_option_no_throw(name)) { continue; }
+        if (name.starts_with("--no-")) { name.erase(2, 3); }
+        for (const auto& [theirs, instead] : options) {
+            if (theirs == name) {
+                return "; " + theirs + " is an option of " + whose + ": " + instead + " (" + page + ")";
+            }
+        }
+    }
+    return "";
+}
+
 /// CLI11 takes -1 for 2^64-1, and 010 for 8.
 CLI::Validator decimal_number()
 {
@@ -287,6 +317,12 @@ void command::exclude(const std::string& flag, const std::string& other)
     app_->get_option(flag)->excludes(app_->get_option(other));
 }
 
+void command::foreign(
+    const std::string& whose, const std::vector<std::pair<std::string, std::string>>& options, const std::string& page)
+{
+    foreign_of()[app_] = {whose, page, options};
+}
+
 void command::footer(const std::string& text)
 {
     app_->footer(text);
@@ -409,7 +445,9 @@ int run_command_line(int count, const char* const* words)
         }
     }
     catch (const CLI::ParseError& wrong) {
-        if (!app.get_subcommands().empty()) { return misused(plain(wrong.what())); }
+        if (const auto named = app.get_subcommands(); !named.empty()) {
+            return misused(plain(wrong.what()) + foreign_words(*named.back()));
+        }
         const bool word = !first.empty() && first[0] != '-';
         return misused(word ? "'" + first + "' is none of the verbs" : "a verb is required");
     }

@@ -62,6 +62,9 @@ public:
     void exclude(const std::string& flag, const std::string& other);
     /// Hears, before the verb acts, of all options and values in the order of the command line.
     void after_parse(std::function<void(const std::vector<std::pair<std::string, std::string>>&)> hear);
+    /// What another program, `whose`, calls its options, and what to do instead: said where one of them is given here.
+    void foreign(const std::string& whose, const std::vector<std::pair<std::string, std::string>>& options,
+        const std::string& page);
     /// What follows the options in the help: explanations, an example.
     void footer(const std::string& text);
     /// What the verb does.

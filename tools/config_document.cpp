@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <optional>
+#include <string_view>
 
 namespace tool::configuration {
 
@@ -130,8 +132,33 @@ option_values read_own(reading& it, const mapping& top)
     return options;
 }
 
+/// What makes a file one of mergekit's other commands', by a key that only these have.
+void refuse_other_commands(const place& where, const YAML::Node& document)
+{
+    static const std::map<std::string, std::string> others = [] {
+        std::map<std::string, std::string> made;
+        for (const auto* key : {"gate_mode", "experts", "experts_per_token", "shared_experts"}) {
+            made[key] = "mergekit-moe, which makes experts of models; that is not here: 'taskvec run' merges models of "
+                        "one shape";
+        }
+        made["genome"] = "mergekit-evolve, which searches for parameters; 'taskvec sweep' tries them by a program that "
+                         "scores each merge";
+        made["layer_slices"] = "bakllama; here it is merge_method: passthrough with slices: [{sources: [{model: M, "
+                               "layer_range: [START, END]}]}]";
+        return made;
+    }();
+    const mapping top(where, document, "a configuration");
+    for (const auto& entry : top.entries()) {
+        const auto other = others.find(entry.name);
+        if (other == others.end()) { continue; }
+        where.fail(entry.key,
+            "'" + entry.name + "' is a key of mergekit's other command " + other->second + " (docs/migrate.md)");
+    }
+}
+
 void read(reading& it, const YAML::Node& document)
 {
+    refuse_other_commands(it.where, document);
     const mapping top(it.where, document, "a configuration",
         {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
             "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
@@ -163,14 +190,54 @@ std::string placed(const run_settings& given, const std::string& what)
     return (place.empty() ? given.at_method : place) + ": " + what;
 }
 
+/// What is wrong with a model or an adapter, with the place where that is named.
+std::string placed_at_model(const named_places& places, const std::string& what)
+{
+    const auto is_about = [&](const std::string& path) {
+        std::string_view text(what);
+        if (text.starts_with('\'')) { text.remove_prefix(1); }
+        if (!text.starts_with(path) || text.size() == path.size()) { return false; }
+        return path.ends_with('/') || std::string_view(":/'").find(text[path.size()]) != std::string_view::npos;
+    };
+    const std::string *path = nullptr, *place = nullptr;
+    const bool lacks_adapter = what.find(": holds no adapter") != what.npos; // which may be a model as well
+    for (const auto* list : {&places.models, &places.adapters}) {
+        for (const auto& one : *list) {
+            const bool longer = !path || one.first.size() > path->size();
+            const bool other = path && one.first == *path && list == &places.adapters && lacks_adapter;
+            if (!(longer || other) || !is_about(one.first)) { continue; }
+            path = &one.first;
+            place = &one.second;
+        }
+    }
+    return place ? *place + ": " + what : what;
+}
+
+/// Calls `work`; what it says of files of models is said with the places of these.
+void with_places_of_models(const std::function<named_places()>& places, const std::function<void()>& work)
+{
+    try {
+        work();
+    }
+    catch (const taskvec::io_error& wrong) {
+        taskvec::raise<taskvec::io_error>(
+            wrong.code(), placed_at_model(places(), wrong.what()), std::string(), wrong.system_code());
+    }
+    catch (const taskvec::format_error& wrong) {
+        taskvec::raise<taskvec::format_error>(
+            wrong.code(), placed_at_model(places(), wrong.what()), std::string(), wrong.offset());
+    }
+}
+
 } // namespace
 
 stages_named read_document(run_settings& given, const YAML::Node& document, const stages& others, bool there)
 {
+    reading one(given, others, there);
     try {
-        reading one(given, others, there);
-        read(one, document);
+        with_places_of_models([&] { return one.names.places(); }, [&] { read(one, document); });
         (void)find_method(given.request);
+        given.at_models = one.names.places();
         return one.names.needs();
     }
     catch (const YAML::Exception& wrong) {
@@ -185,14 +252,14 @@ stages_named read_document(run_settings& given, const YAML::Node& document, cons
 void with_place(const run_settings& given, const std::function<void()>& merge)
 {
     try {
-        merge();
+        with_places_of_models([&] { return given.at_models; }, merge);
     }
     catch (const taskvec::invalid_argument& wrong) {
         using code = taskvec::error_code;
         const bool of_values = wrong.code() == code::weights_sum_zero || wrong.code() == code::parameter_out_of_range
             || wrong.code() == code::no_solution;
-        if (!of_values) { throw; }
-        taskvec::raise<taskvec::invalid_argument>(wrong.code(), placed(given, wrong.what()));
+        taskvec::raise<taskvec::invalid_argument>(
+            wrong.code(), of_values ? placed(given, wrong.what()) : placed_at_model(given.at_models, wrong.what()));
     }
 }
 

@@ -255,6 +255,7 @@ private:
             }
         }
         check_count_of_all(it_.at_method, most * slices_.size());
+        slices_.back().inputs_behind = slices_.front().inputs.size();
         for (auto& part : slices_) {
             auto& inputs = part.inputs;
             if (inputs.empty()) { continue; }

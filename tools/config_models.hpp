@@ -6,6 +6,8 @@
 #include "mergekit_words.hpp"
 #include "run_config.hpp"
 
+#include <cstddef>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,6 +20,9 @@ struct slice {
     std::vector<YAML::Node> parameters; ///< of all its inputs, what counts most first
     std::optional<input> base{};
     std::optional<part_of_model> part{}; ///< of the result; nothing: all
+    /// How many of its inputs count behind the layers, for the norm and the head: mergekit takes as many as the first
+    /// slice has.
+    std::size_t inputs_behind = std::numeric_limits<std::size_t>::max();
 };
 
 /// A document while it is read: what is known of it.

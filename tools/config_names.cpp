@@ -90,6 +90,16 @@ const input& model_names::find(const YAML::Node& node)
     return place != found_.end() ? place->second : found_.emplace(at, read(node)).first->second;
 }
 
+named_places model_names::places() const
+{
+    named_places all;
+    for (const auto& [at, one] : found_) { // from the beginning of the file on
+        all.models.emplace(one.path, where_.of(one.at));
+        if (!one.adapter.empty()) { all.adapters.emplace(one.adapter, where_.of(one.at)); }
+    }
+    return all;
+}
+
 input model_names::read(const YAML::Node& node)
 {
     const auto reference = reference_of(node);

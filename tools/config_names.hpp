@@ -4,6 +4,7 @@
 
 #include "arguments.hpp"
 #include "config_values.hpp"
+#include "run_config.hpp"
 
 #include <cstddef>
 #include <map>
@@ -41,6 +42,8 @@ public:
     [[nodiscard]] const input& find(const YAML::Node& node);
     /// The other documents whose results were found.
     [[nodiscard]] const stages_named& needs() const { return needs_; }
+    /// Where each model and adapter is named that was found.
+    [[nodiscard]] named_places places() const;
 
 private:
     /// A model, and the adapter on it where it is named by itself; a name may hold both.

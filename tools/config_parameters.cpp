@@ -223,8 +223,18 @@ private:
                 auto its = values_of(one, chain_of(part, i));
                 if (!its.for_all) { missing(one, part.inputs[i].at, its.values, " of '" + part.inputs[i].name + "'"); }
                 add_values(weights_[i], std::move(its.values), part);
+                if (is_mergekit_ && i >= part.inputs_behind) { weights_[i].push_back(none_behind(one, part)); }
             }
         }
+    }
+
+    /// No weight for what stands behind the layers of the last slice.
+    [[nodiscard]] static option_value none_behind(const mergekit_parameter& one, const slice& part)
+    {
+        option_value made{one.row, "0", one.name};
+        spread(made, true);
+        made.part = {part.part->last, part.part->last, false, true};
+        return made;
     }
 
     /// What models have of their own.

@@ -5,6 +5,7 @@
 #include "chat_templates.hpp"
 
 #include "adapter_sums.hpp"
+#include "layer_kinds.hpp"
 #include "runner.hpp"
 #include "tokenizers.hpp"
 #include "vocabulary.hpp"
@@ -147,49 +148,6 @@ bool is_quantised(const std::vector<taskvec::tensor_spec>& specs)
         return spec.dtype == taskvec::dtype::i8 || spec.dtype == taskvec::dtype::u8 || spec.dtype == taskvec::dtype::i32
             || (taskvec::bits_per_element(spec.dtype) <= 8 && spec.dtype != taskvec::dtype::boolean);
     });
-}
-
-/// Brings how many layers there are, and what is said of each of them, up to date in a part of a configuration. `key`:
-/// of the part; empty: the whole.
-bool update_layers(json& part, const std::string& key, const model_view& layers, const run_options& run)
-{
-    std::size_t total = 0;
-    for (const auto& one : layers) { total += one.last - one.first; }
-    bool changed = false;
-    std::size_t before = 0;
-    for (const char* name : {"num_hidden_layers", "n_layer", "num_layers", "n_layers"}) {
-        if (!part.contains(name) || !part[name].is_number_unsigned()) { continue; }
-        before = part[name].get<std::size_t>();
-        changed = changed || before != total;
-        part[name] = total;
-    }
-    if (before == 0) { return changed; }
-    std::map<std::string, json> others; // the configurations of the models that layers are of
-    for (const auto& one : layers) {
-        const auto file = fs::path(one.path) / "config.json";
-        std::error_code ignored;
-        if (others.contains(one.path) || !fs::is_regular_file(file, ignored)) { continue; }
-        const auto whole = parsed(read_watched(file), file);
-        others[one.path] = key.empty() ? whole : whole.value(key, json::object());
-    }
-    for (auto& [name, value] : part.items()) {
-        if (name == "mlp_only_layers" && value.is_array() && !value.empty()) {
-            note(run, "config.json: mlp_only_layers holds numbers of layers before these were put together: check it");
-            continue;
-        }
-        if (name.find("layer") == name.npos || !value.is_array() || value.size() != before) { continue; }
-        auto list = json::array();
-        for (const auto& one : layers) {
-            const auto place = others.find(one.path);
-            const bool has = place != others.end() && place->second.contains(name) && place->second[name].is_array()
-                && place->second[name].size() >= one.last;
-            const json& from = has ? place->second[name] : value;
-            for (std::size_t i = one.first; i < one.last && i < from.size(); ++i) { list.push_back(from[i]); }
-        }
-        changed = changed || list != value;
-        value = std::move(list);
-    }
-    return changed;
 }
 
 /// Whether a result has a head.
@@ -335,12 +293,14 @@ std::string updated_config(const std::string& text, const fs::path& file,
         if (config.contains(key) && config[key].is_object()) { update(config[key], false); }
     }
     if (!how.layers.empty()) {
-        changed = update_layers(config, "", how.layers, run) || changed;
+        layers_in_config layers(how.layers, run);
+        changed = layers.update(config, "") || changed;
         for (const char* key : {"text_config", "llm_config", "language_config"}) {
             if (config.contains(key) && config[key].is_object()) {
-                changed = update_layers(config[key], key, how.layers, run) || changed;
+                changed = layers.update(config[key], key) || changed;
             }
         }
+        layers.check(specs);
     }
     const bool own_head = config_says_tied(nlohmann::json(config)) && vocabulary_head(specs)
         && std::any_of(how.models.begin(), how.models.end(),

@@ -680,6 +680,40 @@ std::size_t count_layers(const taskvec::const_model_ref& model, const std::strin
                               : " has several lists of layers (" + text + "); expected one to take layers from"));
 }
 
+std::map<std::string, std::size_t> layers_before_prediction(
+    const taskvec::const_model_ref& model, const nlohmann::json& config)
+{
+    std::size_t said = 0;
+    for (const auto* part : {&config, config.contains("text_config") ? &config["text_config"] : nullptr}) {
+        if (said > 0 || !part || !part->is_object()) { continue; }
+        const auto place = part->find("num_hidden_layers");
+        if (place != part->end() && place->is_number_unsigned()) { said = place->get<std::size_t>(); }
+    }
+    if (said == 0) { return {}; }
+    struct layers {
+        std::set<std::string> before{}; ///< names of tensors behind a layer's number
+        std::map<std::size_t, std::set<std::string>> behind{};
+    };
+    std::map<std::string, layers> all;
+    for (const auto& [name, tensor] : model) {
+        const auto layer = layer_of(name);
+        if (!layer) { continue; }
+        auto& its = all[layer->first];
+        const auto part = name.substr(std::min(name.find('.', layer->first.size()), name.size()));
+        (layer->second < said ? its.before : its.behind[layer->second]).insert(part);
+    }
+    std::map<std::string, std::size_t> result;
+    for (const auto& [prefix, its] : all) {
+        const auto is_other = [&before = its.before](const auto& one) {
+            return std::any_of(
+                one.second.begin(), one.second.end(), [&](const std::string& part) { return !before.contains(part); });
+        };
+        if (its.before.empty() || its.behind.empty()) { continue; }
+        if (std::all_of(its.behind.begin(), its.behind.end(), is_other)) { result[prefix] = said; }
+    }
+    return result;
+}
+
 taskvec::const_model_ref model_of_layers(const std::vector<layers_taken>& parts)
 {
     std::map<std::string, taskvec::const_tensor_ref> tensors;

@@ -110,6 +110,11 @@ struct prefix_match {
 /// How many layers a model has. Throws invalid_argument where it has none, or several lists of them. `label`: the
 /// model.
 [[nodiscard]] std::size_t count_layers(const taskvec::const_model_ref& model, const std::string& label);
+/// Layers for predicting further tokens, as GLM-4.5 and DeepSeek-V3 store them behind their own, are none of a model's
+/// depth: how many come before them, by what stands before a layer's number. They are those behind the number of layers
+/// that the configuration says, where each holds a tensor that none before them has.
+[[nodiscard]] std::map<std::string, std::size_t> layers_before_prediction(
+    const taskvec::const_model_ref& model, const nlohmann::json& config);
 /// Layers [first, last) of a model.
 struct layers_taken {
     const taskvec::const_model_ref* model = nullptr;

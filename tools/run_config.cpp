@@ -43,6 +43,26 @@ const register_verb run_verb(25, "run", "Merge as a mergekit configuration says"
     add_copy_options(verb, given->request.copies);
     add_resume_option(verb, given->request.resume, "Shards that are finished");
     add_run_options(verb, given->request.run);
+    verb.foreign("mergekit-yaml",
+        {{"--copy-tokenizer", "the files beside the weights are always copied, but for --no-copy"},
+            {"--write-model-card", "a card is always written, but for --no-card"},
+            {"--out-shard-size", "--shard-size 5GB counts bytes"}, {"--num-threads", "--threads"}, {"-j", "--threads"},
+            {"--random-seed", "taskvec: {seed: 7} in the configuration"},
+            {"--cuda", "--device cuda, in a build that has it"},
+            {"--gpu-rich", "--device cuda, in a build that has it"},
+            {"--read-to-gpu", "--device cuda, in a build that has it"},
+            {"--multi-gpu", "leave it out, one device is used"}, {"--low-cpu-memory", "leave it out, it is always so"},
+            {"--lazy-unpickle", "leave it out, it is always so"}, {"--async-write", "leave it out, it is always so"},
+            {"--write-threads", "leave it out, --threads is for all"},
+            {"--clone-tensors", "leave it out, what is one tensor under several names stays one"},
+            {"--safe-serialization", "leave it out, safetensors are always written"},
+            {"--allow-crimes", "leave it out, names and shapes of tensors say what fits"},
+            {"--unsafe-truncate-embeddings", "--vocabulary truncate"},
+            {"--trust-remote-code", "leave it out, no code of a model runs"},
+            {"--transformers-cache", "HF_HUB_CACHE names the Hub's cache"},
+            {"--lora-merge-cache", "leave it out, adapters are added as they are read"},
+            {"--lora-merge-dtype", "leave it out, adapters are added in f32"}},
+        "docs/migrate.md");
     verb.footer("Models are paths, or names that the Hub's cache on this machine holds; nothing is downloaded.\n"
                 "\nExample:\n  taskvec run config.yml --out merged");
     verb.action([given] { run_config(*given); });

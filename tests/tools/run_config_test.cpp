@@ -10,7 +10,9 @@
 #include <chrono>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <random>
+#include <sstream>
 #include <tuple>
 
 using namespace tools_test;
@@ -373,6 +375,182 @@ TEST_CASE("slices put layers of several models together, numbered anew")
               "layer_range: [2, 3]}]\n"
             + end),
         "this slice merges 1 model and the first 2");
+}
+
+TEST_CASE("config.json says of slices of which kind each layer is, or a note says that it cannot")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    using nlohmann::json;
+    // Layers 0, 1, 1, 2, or those of `slices`. Returns what config.json says then, and the notes.
+    const auto sliced = [&](json config, const std::vector<std::string>& slices = {"[0, 2]", "[1, 3]"},
+                            const std::string& model = "a") {
+        config["num_hidden_layers"] = 3;
+        spill(m.folder / model / "config.json", config.dump());
+        std::string text = "merge_method: passthrough\nslices:\n";
+        for (const auto& range : slices) {
+            text += "  - sources: [{model: " + model + ", layer_range: " + range + "}]\n";
+        }
+        std::filesystem::remove_all(m.folder / "out");
+        m.write(text);
+        const auto done = m.run_it();
+        REQUIRE(done.code == 0);
+        return std::pair(json::parse(slurp(m.folder / "out/config.json")), done.err);
+    };
+    const auto becomes = [&](const json& before, const json& after,
+                             const std::vector<std::string>& slices = {"[0, 2]", "[1, 3]"}) {
+        const auto [config, notes] = sliced(before, slices);
+        CAPTURE(before.dump());
+        for (const auto& [key, value] : after.items()) { CHECK(config[key] == value); }
+        CHECK(notes.find("config.json: ") == notes.npos);
+    };
+    // Numbers of layers, one word for each, and patterns of words.
+    becomes({{"mlp_only_layers", {1}}}, {{"mlp_only_layers", {1, 2}}, {"num_hidden_layers", 4}});
+    becomes({{"moe_layers", {0, 1, 2}}}, {{"moe_layers", {0, 1, 2, 3}}});
+    becomes({{"attn_layer_indices", {0, 2}}}, {{"attn_layer_indices", {0, 3}}});
+    becomes({{"activation_sparsity_pattern", {0.5, 0.25, 0}}}, {{"activation_sparsity_pattern", {0.5, 0.25, 0.25, 0}}});
+    becomes({{"hybrid_override_pattern", "M*-"}}, {{"hybrid_override_pattern", "M**-"}});
+    becomes({{"block_types", {"r", "a"}}}, {{"block_types", {"r", "a", "a", "r"}}});
+    becomes({{"block_types", {"r", "r", "a"}}}, {{"block_types", {"r", "r", "a"}}}, {"[0, 3]", "[0, 1]"});
+    becomes(json::parse(R"({"attention_types": [[["global", "local"], 1], [["global"], 1]]})"),
+        json::parse(R"({"attention_types": [[["global"], 1], [["local"], 1], [["local"], 1], [["global"], 1]]})"));
+    // Numbers that layers are compared with: those that say it, as few of them as will do other than they were.
+    becomes({{"first_k_dense_replace", 1}}, {{"first_k_dense_replace", 1}});
+    becomes({{"first_k_dense_replace", 2}}, {{"first_k_dense_replace", 3}});
+    becomes({{"first_k_dense_replace", 1}}, {{"first_k_dense_replace", 0}}, {"[1, 3]"});
+    becomes({{"moe_layer_start_index", 1}, {"moe_layer_end_index", 1}, {"moe_layer_interval", 1}},
+        {{"moe_layer_start_index", 1}, {"moe_layer_end_index", 2}, {"moe_layer_interval", 1}});
+    becomes({{"attn_layer_period", 3}, {"attn_layer_offset", 2}}, {{"attn_layer_period", 4}, {"attn_layer_offset", 3}});
+    becomes({{"expert_layer_period", 2}, {"expert_layer_offset", 1}},
+        {{"expert_layer_period", 2}, {"expert_layer_offset", 0}}, {"[1, 3]"});
+    becomes({{"sliding_window_pattern", 2}, {"layer_types", {"s", "f", "s"}}},
+        {{"sliding_window_pattern", 2}, {"layer_types", {"s", "f", "f", "s"}}});
+    for (const auto& [key, before] : std::map<std::string, json>{
+             {"attn_layer_period and attn_layer_offset", {{"attn_layer_period", 2}, {"attn_layer_offset", 1}}},
+             {"sliding_window_pattern", {{"sliding_window_pattern", 2}}},
+             {"sliding_window_pattern ", {{"model_type", "gemma2"}}}}) {
+        const auto [config, notes] = sliced(before);
+        has(notes, "config.json: " + key.substr(0, key.find_last_not_of(' ') + 1) + " tell");
+        for (const auto& [name, value] : before.items()) { CHECK(config[name] == value); }
+    }
+    // The first layer has tensors that others have not, and nothing tells it.
+    std::filesystem::create_directories(m.folder / "mixed");
+    auto mixed = m.a;
+    mixed.erase("layers.0.mlp.weight");
+    write_values(m.folder / "mixed/model.safetensors", mixed);
+    const auto notes_of = [&](const json& config, const std::vector<std::string>& slices) {
+        return sliced(config, slices, "mixed").second;
+    };
+    const std::string differ = "config.json: layers 0 and 2 of the result hold different tensors";
+    has(notes_of(json::object(), {"[0, 1]", "[0, 3]"}), differ);
+    CHECK(notes_of(json::object(), {"[0, 2]", "[2, 3]"}).find("hold different") == std::string::npos);
+    CHECK(notes_of({{"layer_types", {"p", "q", "q"}}}, {"[0, 1]", "[0, 3]"}).find("different") == std::string::npos);
+    CHECK(notes_of({{"first_k_dense_replace", 1}}, {"[0, 1]", "[0, 3]"}).find("different") == std::string::npos);
+    has(notes_of({{"layer_types", {"p", "p", "q"}}}, {"[0, 1]", "[0, 3]"}), differ);
+}
+
+TEST_CASE("lists are spread over the layers of a model, not over those for predicting further tokens")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto spread = [&](bool own) { // whether the last layer has a tensor of its own
+        for (const auto& [name, model] : {std::pair{"base", &m.base}, {"a", &m.a}}) {
+            auto further = *model;
+            for (const auto* part : {".attn.weight", ".mlp.weight"}) {
+                further[std::string("layers.3") + part] = model->at(std::string("layers.2") + part);
+            }
+            if (own) { further["layers.3.eh_proj.weight"] = model->at("layers.0.mlp.weight"); }
+            write_values(m.folder / name / "model.safetensors", further);
+            spill(m.folder / name / "config.json", R"({"num_hidden_layers": 3})");
+        }
+        const auto out = m.result("merge_method: task_arithmetic\nbase_model: base\n"
+                                  "models: [{model: a, parameters: {weight: [0, 1]}}]\n");
+        const auto along = m.merged({"--method", "slerp", "--base", "base", "--task", "a", "--t", "0,1"});
+        for (const auto& [name, t] : std::map<std::string, double>{{"layers.0.mlp.weight", 0},
+                 {"layers.1.attn.weight", own ? 1.0 / 2 : 1.0 / 3}, {"layers.2.mlp.weight", own ? 1 : 2.0 / 3},
+                 {"layers.3.mlp.weight", 1}, {"layers.3.attn.weight", 1}, {"norm.weight", 0}}) {
+            CAPTURE_BOUND(name);
+            const bool further = name.starts_with("layers.3");
+            const auto of = further ? "layers.2" + name.substr(8) : name;
+            for (std::size_t i = 0; i < 42; ++i) {
+                const double from = m.base.at(of).values[i], to = m.a.at(of).values[i];
+                CHECK(out.at(name).values[i] == doctest::Approx(from + t * (to - from)).epsilon(1e-5));
+            }
+            if (name == "norm.weight") { continue; } // it has --t's default
+            std::ostringstream number;
+            number.precision(17);
+            number << t;
+            const auto alone = m.merged({"--method", "slerp", "--base", "base", "--task", "a", "--t", number.str()});
+            CHECK(along.at(name).values == alone.at(name).values);
+        }
+    };
+    spread(true);
+    spread(false); // a fourth layer as the others are, which config.json does not know
+}
+
+TEST_CASE("the norm and the head of linear slices are of as many models as the first slice has")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto slices = [](const std::string& semantics) {
+        return "merge_method: linear\nparameters: {weight: 1}\ntaskvec: {semantics: " + semantics
+            + "}\nslices:\n  - sources: [{model: b, layer_range: [0, 2]}]\n"
+              "  - sources: [{model: a, layer_range: [2, 3]}, {model: b, layer_range: [2, 3]}]\n";
+    };
+    const auto half = [&](const std::string& name, std::size_t i) {
+        return (m.a.at(name).values[i] + m.b.at(name).values[i]) / 2;
+    };
+    const auto theirs = m.result(slices("mergekit")), ours = m.result(slices("paper"));
+    CHECK(theirs.at("norm.weight").values == m.a.at("norm.weight").values);
+    CHECK(theirs.at("embed.weight").values == m.b.at("embed.weight").values);
+    for (std::size_t i = 0; i < 42; ++i) {
+        CHECK(ours.at("norm.weight").values[i] == doctest::Approx(half("norm.weight", i)));
+        CHECK(theirs.at("layers.2.mlp.weight").values[i] == doctest::Approx(half("layers.2.mlp.weight", i)));
+    }
+}
+
+TEST_CASE("models that are none are refused with their place")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    for (const auto* folder : {"empty", "cut", "lora"}) { std::filesystem::create_directories(m.folder / folder); }
+    const auto whole = slurp(m.folder / "a/model.safetensors");
+    spill(m.folder / "cut/model.safetensors", whole.substr(0, whole.size() - 100));
+    spill(m.folder / "text", "x");
+    spill(m.folder / "lora/adapter_model.safetensors", slurp(m.folder / "a/model.safetensors"));
+    for (const auto* model : {"empty", "empty/", "cut", "text", "lora", "a+b", "a+empty"}) {
+        CAPTURE(model);
+        has(m.refusal(
+                std::string("merge_method: linear\nmodels:\n  - {model: b, parameters: {weight: 1}}\n  - {model: ")
+                + model + ", parameters: {weight: 1}}\n"),
+            "error: config.yml:4:13: ");
+    }
+    has(m.refusal("merge_method: ties\nbase_model: empty\n" + tasks), "error: config.yml:2:13: empty: ");
+    has(m.refusal("merge_method: passthrough\nslices:\n  - sources: [{model: cut, layer_range: [0, 2]}]\n"),
+        "error: config.yml:3:23: cut/model.safetensors: ");
+}
+
+TEST_CASE("options and configurations of mergekit's other commands are refused with what to do instead")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    has(m.refusal("base_model: base\ngate_mode: hidden\nexperts: [{source_model: a}]\n"),
+        "config.yml:2:1: 'gate_mode' is a key of mergekit's other command mergekit-moe");
+    has(m.refusal("genome:\n  models: [a, b]\n"), "config.yml:1:1: 'genome' is a key of");
+    has(m.refusal("layer_slices:\n  - {model: a, start: 0, end: 2}\n"), "passthrough with slices: [");
+    m.write("merge_method: linear\n" + tasks);
+    for (const auto& [word, instead] : std::map<std::string, std::string>{{"--lazy-unpickle", "always so"},
+             {"--no-cuda", "--device cuda"}, {"--out-shard-size=5B", "--shard-size 5GB"}, {"-j", "--threads"}}) {
+        const auto done = m.run_it({word});
+        CHECK(done.code == 2);
+        CHECK(is_error_line(done.err));
+        has(done.err, "is an option of mergekit-yaml: ");
+        has(done.err, instead);
+        has(done.err, "(docs/migrate.md)");
+    }
+    const auto other = m.run_it({"--such-as-this"});
+    CHECK(other.code == 2);
+    CHECK(other.err.find("mergekit") == std::string::npos);
 }
 
 TEST_CASE("heads that are tied in one of the models of slices come out as the last model's")
