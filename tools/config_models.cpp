@@ -32,7 +32,7 @@ public:
     {
         auto base = top.find("base_model");
         read_models(top, base);
-        set_base(base);
+        set_base(method_.takes == base_kind::input ? top.find("base_model") : base); // a slice's is for other methods
     }
 
 private:
@@ -335,6 +335,32 @@ private:
         }
     }
 
+    /// Whether one of the slices has the model, with whatever adapter.
+    [[nodiscard]] bool is_in_a_slice(const input& model) const
+    {
+        const auto is_it = [&](const input& one) { return one.path == model.path; };
+        return std::any_of(slices_.begin(), slices_.end(), [&](const slice& part) {
+            return std::any_of(part.inputs.begin(), part.inputs.end(), is_it) || (part.base && is_it(*part.base));
+        });
+    }
+
+    /// Configuration and tokenizer are the base's.
+    void take_files_of(const input& base)
+    {
+        if (!is_in_a_slice(base)) { it_.files_of.emplace(base); }
+        std::error_code ignored;
+        if (request_.copies.from.empty() && fs::is_directory(base.path, ignored)) { request_.copies.from = base.path; }
+    }
+
+    /// Whether the base is merged with whole models: of those of a slice only where it is among them, or the method
+    /// takes it out of them.
+    [[nodiscard]] bool merges(const input& base) const
+    {
+        const auto& inputs = slices_.front().inputs;
+        return method_.takes != base_kind::input || !inputs.front().layers
+            || std::any_of(inputs.begin(), inputs.end(), [&](const input& one) { return one.is_model_of(base); });
+    }
+
     void set_bases_of_slices(const std::optional<mapping::entry>& given)
     {
         for (auto& one : slices_) { take_base_out(one); }
@@ -345,12 +371,7 @@ private:
             if (&one == &slices_.front()) { request_.base = one.base->path; }
             append_layers(request_.views[""], one.base->path, one.base->first, one.base->last);
         }
-        std::error_code ignored;
-        if (given && request_.copies.from.empty()) { // configuration and tokenizer are the base's
-            if (const auto from = it_.names.find(given->value).path; fs::is_directory(from, ignored)) {
-                request_.copies.from = from;
-            }
-        }
+        if (given) { take_files_of(it_.names.find(given->value)); }
     }
 
     /// Where models are whole, the base is taken out of them, or merged as well: as the first of them, whose vocabulary
@@ -387,9 +408,14 @@ private:
     {
         if (it_.sliced()) { set_bases_of_slices(given); }
         else {
-            if (given) { set_base_of_all(it_.names.find(given->value)); }
+            slices_.front().base.reset(); // of a slice of all layers
+            const auto base = given ? std::optional(it_.names.find(given->value)) : std::nullopt;
+            if (!base) { lacks_base(); }
+            else if (merges(*base)) {
+                set_base_of_all(*base);
+            }
             else {
-                lacks_base();
+                take_files_of(*base);
             }
             if (slices_.front().inputs.empty()) { where_.fail(it_.at_method, "no model is left beside the base"); }
         }

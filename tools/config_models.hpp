@@ -47,6 +47,7 @@ struct reading {
     const mergekit_method* method = nullptr;
     YAML::Node at_method; ///< where it is named
     std::vector<slice> slices; ///< one where there are none: the whole
+    std::optional<input> files_of{}; ///< a base that is not merged: the result has its configuration and tokenizer
 
     /// What the document becomes.
     [[nodiscard]] merge_request& request() const { return given.request; }

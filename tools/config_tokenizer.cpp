@@ -55,6 +55,7 @@ public:
             source.emplace(it_.names.find(one->value));
         }
         if (!it_.models_are_there()) { return; } // looked at when all of them are
+        check_files_of(*one);
         if (request_.vocabulary != "error") {
             where_.fail(one->key, "'" + one->name + "' is given, and --vocabulary as well; expected one of them");
         }
@@ -141,6 +142,38 @@ private:
             if (part.base) { look(*part.base, false); }
         }
         return same;
+    }
+
+    /// A base that is not merged gives the result its tokenizer, and no rows: refuses what would make others of them.
+    void check_files_of(const mapping::entry& one) const
+    {
+        if (!it_.files_of) { return; }
+        const auto& base = *it_.files_of;
+        const auto refuse = [&](const std::string& why) {
+            where_.fail(one.key,
+                "the result has the tokenizer of the base_model '" + base.name
+                    + "', which is not among the sources of the slices, and " + why
+                    + "; leave base_model out, and the first source's is taken");
+        };
+        if (const auto block = top_.find("tokenizer");
+            block && mapping(where_, block->value, "'tokenizer'").find("tokens")) {
+            refuse("'tokens' may add some to it");
+        }
+        const auto tokens_of = [](const fs::path& model) -> std::optional<decltype(token_table::ids)> {
+            std::error_code ignored;
+            const auto file = model / "tokenizer.json";
+            return fs::is_regular_file(file, ignored) ? std::optional(read_tokens(file).ids) : std::nullopt;
+        };
+        const auto tokens = tokens_of(base.path);
+        std::set<std::string> seen;
+        for (const auto& part : slices_) {
+            for (const auto& model : part.inputs) {
+                if (!seen.insert(model.path).second) { continue; }
+                const auto its = tokens_of(model.path);
+                if (!its || its == tokens) { continue; }
+                refuse(tokens ? "the tokens of '" + model.name + "' are others" : "it has no tokenizer.json");
+            }
+        }
     }
 
     /// The result has the tokenizer of this model, whose tokens are those of all.
@@ -298,7 +331,9 @@ private:
 std::optional<std::string> usual_template(const reading& it)
 {
     std::vector<std::pair<std::string, std::size_t>> found; // in the order of the models
-    for (const auto& path : it.paths()) {
+    auto paths = it.paths();
+    if (it.files_of) { paths.insert(paths.begin(), it.files_of->path); }
+    for (const auto& path : paths) {
         const auto own = chat_template_beside(path);
         if (!own) { continue; }
         const auto place =

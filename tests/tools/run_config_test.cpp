@@ -1684,6 +1684,85 @@ TEST_CASE("filters of a model's own parameters mean its names, those of shared o
     CHECK_FALSE(shared.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
 }
 
+TEST_CASE("a base that is none of the sources of slices gives the result its files and no numbers")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    for (const std::string name : {"base", "a", "b"}) {
+        spill(m.folder / name / "config.json", nlohmann::json{{"num_hidden_layers", 3}, {"of", name}}.dump());
+    }
+    const auto slice = [](const std::string& range, const std::vector<std::string>& models) {
+        std::string text = "  - sources:\n";
+        for (const auto& model : models) { text += "      - {model: " + model + ", layer_range: " + range + "}\n"; }
+        return text;
+    };
+    const auto whose = [&] { return nlohmann::json::parse(slurp(m.folder / "out/config.json"))["of"]; };
+    const auto mean = [](const std::vector<const values_model*>& models) {
+        values_model result = *models.front();
+        for (auto& [name, tensor] : result) {
+            for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+                double sum = 0;
+                for (const auto* const one : models) { sum += static_cast<double>(one->at(name).values[i]); }
+                tensor.values[i] = static_cast<float>(sum / static_cast<double>(models.size()));
+            }
+        }
+        return result;
+    };
+    const auto check_near = [](const values_model& found, const values_model& expected) {
+        REQUIRE(found.size() == expected.size());
+        for (const auto& one : expected) {
+            const auto& name = one.first;
+            CAPTURE(name);
+            for (std::size_t i = 0; i < one.second.values.size(); ++i) {
+                REQUIRE(found.at(name).values[i] == doctest::Approx(one.second.values[i]).epsilon(1e-5));
+            }
+        }
+    };
+    const std::string linear = "merge_method: linear\nparameters: {weight: 1}\n", beside = "base_model: base\n",
+                      stage = "name: a_again\nmerge_method: passthrough\nmodels: [{model: a}]\n---\n";
+    const std::vector<std::string> both{"a", "b"}, of_stage{"a_again", "b"};
+    for (const auto& slices : {slice("[0, 3]", both), slice("[0, 1]", both) + slice("[1, 3]", both)}) {
+        check_near(m.result(linear + beside + "slices:\n" + slices), mean({&m.a, &m.b}));
+        CHECK(whose() == "base");
+        const std::string karcher = "merge_method: karcher\nslices:\n" + slices;
+        CHECK(same(m.result(beside + karcher), m.result(karcher)));
+        CHECK(whose() == "a");
+    }
+    check_near(m.result(stage + linear + beside + "slices:\n" + slice("[0, 3]", of_stage)), mean({&m.a, &m.b}));
+    CHECK(whose() == "base");
+    const std::string alone = "merge_method: passthrough\n" + beside + "slices:\n";
+    CHECK(same(m.result(alone + slice("[0, 3]", {"a"})), m.a));
+    CHECK(whose() == "base");
+    CHECK(m.result(stage + alone + slice("[0, 2]", {"a_again"})).at("layers.1.mlp.weight").values
+        == m.a.at("layers.1.mlp.weight").values);
+    // Among the sources it is one of them; a slice's own is for methods that take it out of the models.
+    check_near(
+        m.result(linear + beside + "slices:\n" + slice("[0, 3]", {"a", "base", "b"})), mean({&m.a, &m.base, &m.b}));
+    check_near(m.result(linear + "slices:\n" + slice("[0, 3]", both) + "    base_model: base\n"), mean({&m.a, &m.b}));
+    // Where all models are whole it is merged.
+    check_near(m.result(linear + beside + "models: [{model: a}, {model: b}]\n"), mean({&m.a, &m.b, &m.base}));
+
+    const auto tokenizer = [&](const std::string& name, const std::string& last) {
+        spill(m.folder / name / "tokenizer.json",
+            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+                {"model",
+                    {{"type", "WordLevel"}, {"vocab", {{"x", 0}, {"p", 1}, {"q", 2}, {"r", 3}, {"s", 4}, {last, 5}}},
+                        {"unk_token", "x"}}}}
+                .dump());
+    };
+    tokenizer("a", "y");
+    tokenizer("b", "y");
+    tokenizer("base", "y");
+    const auto rows = linear + beside + "slices:\n" + slice("[0, 3]", both) + "tokenizer_source: base\n";
+    check_near(m.result(rows), mean({&m.a, &m.b}));
+    tokenizer("base", "z");
+    has(m.refusal(rows),
+        "the result has the tokenizer of the base_model 'base', which is not among the sources of the "
+        "slices, and the tokens of 'a' are others; leave base_model out");
+    std::filesystem::remove(m.folder / "base/tokenizer.json");
+    has(m.refusal(rows), "and it has no tokenizer.json");
+}
+
 TEST_CASE("truths differ by filter and by slice, and weights that cancel divide by 1")
 {
     const configured m;
