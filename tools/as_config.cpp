@@ -63,9 +63,11 @@ std::string filter_of(const option_value& value, const std::vector<std::string>&
     }
     const auto matches = name_matcher({value.pattern}, value.flag);
     for (const auto& name : tensors) {
-        if (matches(name) != (name.find(text) != name.npos)) {
+        const auto its = name_in_filters(name);
+        if (matches(name) != (its.find(text) != its.npos)) {
             cannot_say("the pattern '" + value.pattern + "' of " + value.flag,
-                "its filters are plain text that occurs in a tensor's name");
+                "its filters are plain text that occurs in a tensor's name"
+                    + (its == name ? "" : ", and call '" + name + "' '" + its + "'"));
         }
     }
     return text;

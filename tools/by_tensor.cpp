@@ -110,10 +110,11 @@ public:
         const std::set<std::string>& of_model = {})
         : view_(view)
     {
-        std::vector<std::string> names, names_in_model;
+        std::vector<std::string> names, in_filters, in_filters_of_model; // as the files, and as filters call them
         for (const auto& tensor : models.tensors()) {
             names.push_back(tensor.name);
-            names_in_model.push_back(name_in_model(tensor.name, view));
+            in_filters.push_back(name_in_filters(tensor.name));
+            in_filters_of_model.push_back(name_in_filters(name_in_model(tensor.name, view)));
             if (const auto layer = layer_of(tensor.name)) {
                 auto& count = layers_[layer->first];
                 count = std::max(count, layer->second + 1);
@@ -136,10 +137,13 @@ public:
                 }
             }
             else if (!value.pattern.empty()) {
-                const auto& its = made.in_model ? names_in_model : names;
+                const auto& its = made.in_model ? in_filters_of_model : in_filters;
                 const auto has = [&](const std::string& name) { return name.find(made.text) != name.npos; };
                 if (std::none_of(its.begin(), its.end(), has)) {
-                    unmatched.push_back(value.flag + ": the filter matches no tensor that takes part");
+                    const auto file = std::find_if(names.begin(), names.end(), has);
+                    unmatched.push_back(value.flag + ": the filter matches no tensor that takes part"
+                        + (file == names.end() ? ""
+                                               : "; filters call '" + *file + "' '" + name_in_filters(*file) + "'"));
                     continue;
                 }
             }
@@ -165,13 +169,13 @@ public:
     {
         option_values result;
         const auto layer = layer_of(tensor);
-        const auto in_model = name_in_model(tensor, view_);
+        const auto of_result = name_in_filters(tensor), of_model = name_in_filters(name_in_model(tensor, view_));
         for (const auto i : places_of(layer)) {
             const auto& [value, matches, text, own] = values_[i];
             if (!value.as_in_mergekit) {
                 if (!value.pattern.empty() && !matches(tensor)) { continue; }
             }
-            else if ((own ? std::string_view(in_model) : tensor).find(text) == tensor.npos) {
+            else if ((own ? of_model : of_result).find(text) == std::string::npos) {
                 continue;
             }
             const auto& part = value.part;

@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -652,6 +653,30 @@ std::string in_layer(std::string_view name, const std::pair<std::string, std::si
 {
     const auto end = std::min(name.find('.', layer.first.size()), name.size());
     return layer.first + std::to_string(number) + std::string(name.substr(end));
+}
+
+std::string name_in_filters(std::string_view name)
+{
+    std::string result(name);
+    constexpr std::string_view sparse = ".block_sparse_moe.", experts = ".experts.", weight = ".weight";
+    if (const auto at = result.find(sparse); at != result.npos) {
+        const auto rest = std::string_view(result).substr(at + sparse.size());
+        const auto is = [&](std::string_view part) { return rest.starts_with(part); };
+        const bool granite = is("input_linear.") || is("output_linear.") || is("router.");
+        if (!granite) { result.replace(at, sparse.size(), ".mlp."); }
+    }
+    const auto at = result.find(experts);
+    if (at == result.npos || !result.ends_with(weight)) { return result; }
+    const auto number = at + experts.size();
+    const auto end = result.find_first_not_of("0123456789", number);
+    if (end == number || end == result.npos || result[end] != '.') { return result; }
+    const auto part = result.substr(end + 1, result.size() - weight.size() - end - 1);
+    static const std::map<std::string, std::string> fused{{"gate_proj", "gate_up_proj"}, {"up_proj", "gate_up_proj"},
+        {"down_proj", "down_proj"}, {"w1", "gate_up_proj"}, {"w3", "gate_up_proj"}, {"w2", "down_proj"}};
+    const auto place = fused.find(part);
+    if (place == fused.end()) { return result; }
+    const bool gated = !std::string_view(result).substr(0, at).ends_with(".mixer"); // Nemotron-H has no gates
+    return result.substr(0, number) + (gated ? place->second : part);
 }
 
 bool stands_before_layers(std::string_view name)

@@ -105,6 +105,10 @@ struct prefix_match {
 /// A name with another number for its layer, which layer_of() gave.
 [[nodiscard]] std::string in_layer(
     std::string_view name, const std::pair<std::string, std::size_t>& layer, std::size_t number);
+/// What a filter of a configuration calls a tensor. Experts that files hold one by one are one tensor of their layer in
+/// mergekit, as in transformers 5: `experts.0.up_proj.weight` is `experts.gate_up_proj`, and Mixtral's
+/// `block_sparse_moe` is `mlp`.
+[[nodiscard]] std::string name_in_filters(std::string_view name);
 /// Whether a tensor that is in no layer stands before them, as embeddings do; final norms and heads stand after them.
 [[nodiscard]] bool stands_before_layers(std::string_view name);
 /// How many layers a model has. Throws invalid_argument where it has none, or several lists of them. `label`: the

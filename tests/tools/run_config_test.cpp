@@ -12,6 +12,7 @@
 #include <limits>
 #include <map>
 #include <random>
+#include <set>
 #include <sstream>
 #include <tuple>
 
@@ -1682,6 +1683,61 @@ TEST_CASE("filters of a model's own parameters mean its names, those of shared o
     const auto shared = merged("lambda: [{filter: layers.1., value: 0}, {value: 1}]");
     CHECK(shared.at("layers.1.mlp.weight").values == m.base.at("layers.2.mlp.weight").values);
     CHECK_FALSE(shared.at("layers.0.mlp.weight").values == m.base.at("layers.1.mlp.weight").values);
+}
+
+TEST_CASE("filters call experts what mergekit calls them")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string mixtral = "layers.0.block_sparse_moe.", qwen = "layers.1.mlp.",
+                      granite = "layers.2.block_sparse_moe.", nemotron = "layers.3.mixer.experts.4.";
+    values_model model;
+    for (const auto& name : {mixtral + "gate", mixtral + "experts.0.w1", mixtral + "experts.0.w2",
+             mixtral + "experts.10.w3", qwen + "gate", qwen + "experts.0.gate_proj", qwen + "experts.1.down_proj",
+             qwen + "shared_expert.gate_proj", granite + "input_linear", granite + "router.layer", nemotron + "up_proj",
+             std::string("layers.0.self_attn.q_proj")}) {
+        model[name + ".weight"] = {taskvec::dtype::f32, {2}, {1, 3}};
+    }
+    std::filesystem::create_directories(m.folder / "moe");
+    write_values(m.folder / "moe/model.safetensors", model);
+    const auto scaled = [&](const std::string& filter) {
+        std::set<std::string> found;
+        for (const auto& [name, tensor] :
+            m.result("merge_method: passthrough\nmodels:\n  - model: moe\n    parameters:\n"
+                     "      scale: [{filter: "
+                + filter + ", value: 2}, {value: 1}]\n")) {
+            const bool is_scaled = tensor.values == std::vector<float>{2, 6};
+            CHECK((is_scaled || tensor.values == std::vector<float>{1, 3}));
+            if (is_scaled) { found.insert(name.substr(0, name.rfind('.'))); }
+        }
+        return found;
+    };
+    using names = std::set<std::string>;
+    CHECK(scaled("mlp")
+        == names{mixtral + "gate", mixtral + "experts.0.w1", mixtral + "experts.0.w2", mixtral + "experts.10.w3",
+            qwen + "gate", qwen + "experts.0.gate_proj", qwen + "experts.1.down_proj",
+            qwen + "shared_expert.gate_proj"});
+    CHECK(scaled("gate_proj") == names{qwen + "shared_expert.gate_proj"});
+    CHECK(scaled("up_proj")
+        == names{
+            mixtral + "experts.0.w1", mixtral + "experts.10.w3", qwen + "experts.0.gate_proj", nemotron + "up_proj"});
+    CHECK(scaled("experts.down_proj") == names{mixtral + "experts.0.w2", qwen + "experts.1.down_proj"});
+    CHECK(scaled("mixer.experts.up_proj") == names{nemotron + "up_proj"});
+    CHECK(scaled("block_sparse_moe") == names{granite + "input_linear", granite + "router.layer"});
+    CHECK(scaled("w2").empty());
+    has(m.run_it({"--explain"}).err,
+        "config.yml:5:24: scale: the filter matches no tensor that takes part; filters call "
+        "'layers.0.block_sparse_moe.experts.0.w2.weight' 'layers.0.mlp.experts.down_proj'");
+    // What a merge writes as a filter is what its pattern matched.
+    const std::vector<std::string> merge{"merge", "--method", "slerp", "--base", "moe", "--task", "moe2", "--out", "x",
+        "--as-config", "--t", "0.5", "--t"};
+    std::filesystem::copy(m.folder / "moe", m.folder / "moe2");
+    auto words = merge;
+    words.push_back("up_proj=0.25");
+    const auto written = run(m.folder, words);
+    CHECK(written.code == 1); // gate_up_proj has it too
+    CAPTURE(written.err);
+    has(written.err, "filters are plain text that occurs in a tensor's name, and call 'layers.");
 }
 
 TEST_CASE("a base that is none of the sources of slices gives the result its files and no numbers")
