@@ -42,14 +42,25 @@ bool is_one_of(std::string_view name, std::initializer_list<std::string_view> li
     return std::find(list.begin(), list.end(), name) != list.end();
 }
 
-/// Lists of the numbers of those layers that are of one kind.
-bool lists_numbers(std::string_view name, const json& value)
+bool holds_numbers(const json& value)
 {
     return value.is_array()
-        && is_one_of(name,
-            {"mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids",
-                "cross_attention_layers"})
         && std::all_of(value.begin(), value.end(), [](const json& one) { return one.is_number_unsigned(); });
+}
+
+/// Lists of the numbers of those layers that are of one kind: such as are known, and any that is called after layers
+/// and rises.
+bool lists_numbers(std::string_view name, const json& value, std::size_t before)
+{
+    if (!holds_numbers(value)) { return false; }
+    if (is_one_of(name,
+            {"mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids",
+                "cross_attention_layers"})) {
+        return true;
+    }
+    if (value.empty() || name.find("layer") == name.npos || name == "no_rope_layers") { return false; }
+    const auto rises_not = [](const json& a, const json& b) { return a >= b; };
+    return std::adjacent_find(value.begin(), value.end(), rises_not) == value.end() && value.back() < before;
 }
 
 /// Lists, or texts, of what each layer is.
@@ -61,7 +72,8 @@ bool lists_layers(std::string_view name, const json& value, std::size_t before)
     const bool named = name.find("layer") != name.npos
         || is_one_of(name,
             {"ffn_multipliers", "num_query_heads", "num_kv_heads", "block_configs", "activation_sparsity_pattern",
-                "intermediate_size"});
+                "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_experts", "moe_topk",
+                "indexer_types", "kv_sharing_modes", "sliding_windows", "swiglu_limits", "swiglu_limits_shared"});
     return named && value.is_array() && value.size() == before;
 }
 
@@ -262,10 +274,10 @@ bool layers_in_config::update_list(const std::string& name, json& value, std::si
         return place != its.end() && is_it(*place) ? *place : own_.at(name);
     };
     auto made = json::array();
-    if (lists_numbers(name, value)) {
+    if (lists_numbers(name, value, before)) {
         for (std::size_t i = 0; i < layers_.size(); ++i) {
             auto& one = layers_[i];
-            const auto& list = said(one, [&](const json& its) { return lists_numbers(name, its); });
+            const auto& list = said(one, holds_numbers);
             const bool in = std::find(list.begin(), list.end(), json(one.number)) != list.end();
             if (in) { made.push_back(i); }
             one.kind += name + (in ? " 1\n" : " 0\n");
@@ -314,6 +326,14 @@ bool layers_in_config::update_list(const std::string& name, json& value, std::si
         if (same) { return false; }
     }
     else {
+        constexpr std::size_t few = 8; // of so many entries a list may be by chance
+        bool moved = layers_.size() != before;
+        for (std::size_t i = 0; i < layers_.size(); ++i) { moved = moved || layers_[i].number != i; }
+        if (moved && before >= few && value.is_array() && value.size() == before) {
+            note(run_,
+                "config.json: " + name + " has an entry for each of " + counted(before, "layer")
+                    + " as it seems, and is not known here: it stays as it is, check it");
+        }
         return false;
     }
     const bool changed = made != value;

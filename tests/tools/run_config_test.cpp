@@ -450,6 +450,46 @@ TEST_CASE("config.json says of slices of which kind each layer is, or a note say
     has(notes_of({{"layer_types", {"p", "p", "q"}}}, {"[0, 1]", "[0, 3]"}), differ);
 }
 
+TEST_CASE("lists of config.json over layers follow them, whatever they are called, or are noted")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    using nlohmann::json;
+    values_model deep;
+    for (int i = 0; i < 8; ++i) { deep["layers." + std::to_string(i) + ".mlp.weight"] = m.a.at("layers.0.mlp.weight"); }
+    std::filesystem::create_directories(m.folder / "deep");
+    write_values(m.folder / "deep/model.safetensors", deep);
+    const auto sliced = [&](const json& config, const std::string& last) { // layers 0 and 1, and those from `last` on
+        spill(m.folder / "deep/config.json", config.dump());
+        (void)m.result("merge_method: passthrough\nslices:\n  - sources: [{model: deep, layer_range: [0, 2]}]\n"
+                       "  - sources: [{model: deep, layer_range: ["
+            + last + ", 8]}]\n");
+        return json::parse(slurp(m.folder / "out/config.json"));
+    };
+    const json before{{"num_hidden_layers", 8}, {"activation_sparsity_pattern", {.5, .5, .5, .25, 0, 0, 0, 0}},
+        {"intermediate_size", {10, 20, 30, 40, 50, 60, 70, 80}}, {"num_attention_heads", 4},
+        {"value_embedding_layers", {0, 2, 7}}, {"rope_scaling_layers", {0, 1, 2, 3, 4, 5, 6, 7}},
+        {"no_rope_layers", {1, 1, 1, 0, 1, 1, 1, 0}}, {"layer_scales", {3, 2, 1, 1, 1, 1, 1, 1}},
+        {"mrope_section", {16, 24, 24}}, {"widths", {1, 2, 3, 4, 5, 6, 7, 8}}};
+    const auto after = sliced(before, "1");
+    for (const auto& [key, value] :
+        json{{"num_hidden_layers", 9}, {"activation_sparsity_pattern", {.5, .5, .5, .5, .25, 0, 0, 0, 0}},
+            {"intermediate_size", {10, 20, 20, 30, 40, 50, 60, 70, 80}}, {"num_attention_heads", 4},
+            {"value_embedding_layers", {0, 3, 8}}, {"rope_scaling_layers", {0, 1, 2, 3, 4, 5, 6, 7, 8}},
+            {"no_rope_layers", {1, 1, 1, 1, 0, 1, 1, 1, 0}}, {"layer_scales", {3, 2, 2, 1, 1, 1, 1, 1, 1}},
+            {"mrope_section", {16, 24, 24}}, {"widths", before["widths"]}}
+            .items()) {
+        CHECK_MESSAGE(after[key] == value, key);
+    }
+    std::filesystem::remove_all(m.folder / "out");
+    const auto done = m.run_it();
+    has(done.err, "config.json: widths has an entry for each of 8 layers as it seems, and is not known here");
+    CHECK(done.err.find("config.json: mrope_section") == done.err.npos);
+    (void)sliced(before, "2"); // the model as it was
+    std::filesystem::remove_all(m.folder / "out");
+    CHECK(m.run_it().err.find("config.json: widths") == std::string::npos);
+}
+
 TEST_CASE("lists are spread over the layers of a model, not over those for predicting further tokens")
 {
     const configured m;
