@@ -17,7 +17,7 @@ detail::python_pattern pattern_of(const std::string& text)
 {
     return detail::python_pattern(text, {"config.json", "target_modules is '" + text + "'", "list the names instead"});
 }
-std::string refusal(const std::string& text, const std::string& name = "model.q_proj")
+std::string refusal_of(const std::string& text, const std::string& name = "model.q_proj")
 {
     try {
         (void)pattern_of(text).matches(name);
@@ -41,7 +41,7 @@ TEST_CASE("Python's expressions match what Python's re matches")
         CAPTURE(name);
         const auto& said = one.at(2);
         if (said.is_null()) { // re.error
-            CHECK(refusal(text, name).find("no regular expression to Python") != std::string::npos);
+            CHECK(refusal_of(text, name).find("no regular expression to Python") != std::string::npos);
         }
         else {
             CHECK(pattern_of(text).matches(name) == said.at(0).get<bool>());
@@ -58,16 +58,16 @@ TEST_CASE("expressions of Python that are not understood are refused with what t
              std::pair("(?P<n>q)(?P=n)", "a back-reference"), std::pair("(q)?(?(1)a|b)", "a condition"),
              std::pair("(?>q)", "an atomic group"), std::pair("q*+", "a possessive repeat"),
              std::pair("(?x: q )", "the flag x"), std::pair("\\N{DOT}", "a character by its name")}) {
-        const auto said = refusal(text);
+        const auto said = refusal_of(text);
         CAPTURE(said);
         CHECK(said.find("config.json") != std::string::npos);
         CHECK(said.find(std::string("target_modules is '") + text + "': it has " + why) != std::string::npos);
         CHECK(said.find(", not understood here; list the names instead") != std::string::npos);
     }
-    CHECK(refusal(std::string(2000, 'a')).find("it has 2000 bytes, and at most 1000 are read") != std::string::npos);
-    CHECK(refusal("a", std::string(5000, 'a')).find("has 5000 bytes") != std::string::npos);
+    CHECK(refusal_of(std::string(2000, 'a')).find("it has 2000 bytes, and at most 1000 are read") != std::string::npos);
+    CHECK(refusal_of("a", std::string(5000, 'a')).find("has 5000 bytes") != std::string::npos);
     // Of letters beyond ASCII Python knows more; as they stand they are compared.
-    CHECK(refusal("\\w+", "sch\u00f6n").find("beyond ASCII") != std::string::npos);
+    CHECK(refusal_of("\\w+", "sch\u00f6n").find("beyond ASCII") != std::string::npos);
     CHECK(pattern_of("sch.n").matches("sch\u00f6n"));
     CHECK(pattern_of("sch[\u00f6]n").matches("sch\u00f6n"));
 }
@@ -81,5 +81,6 @@ TEST_CASE("no expression takes exponential time, or more steps than are allowed"
     CHECK(pattern_of("a{1000000000}|b").matches("b"));
     std::string nested = "a";
     for (int i = 0; i < 200; ++i) { nested = "(" + nested + "*)"; }
-    CHECK(refusal(nested + "b", std::string(4000, 'a')).find("it takes more than 1000000 steps") != std::string::npos);
+    CHECK(
+        refusal_of(nested + "b", std::string(4000, 'a')).find("it takes more than 1000000 steps") != std::string::npos);
 }

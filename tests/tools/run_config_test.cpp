@@ -472,15 +472,12 @@ TEST_CASE("lists of config.json over layers follow them, whatever they are calle
         {"no_rope_layers", {1, 1, 1, 0, 1, 1, 1, 0}}, {"layer_scales", {3, 2, 1, 1, 1, 1, 1, 1}},
         {"mrope_section", {16, 24, 24}}, {"widths", {1, 2, 3, 4, 5, 6, 7, 8}}};
     const auto after = sliced(before, "1");
-    for (const auto& [key, value] :
-        json{{"num_hidden_layers", 9}, {"activation_sparsity_pattern", {.5, .5, .5, .5, .25, 0, 0, 0, 0}},
-            {"intermediate_size", {10, 20, 20, 30, 40, 50, 60, 70, 80}}, {"num_attention_heads", 4},
-            {"value_embedding_layers", {0, 3, 8}}, {"rope_scaling_layers", {0, 1, 2, 3, 4, 5, 6, 7, 8}},
-            {"no_rope_layers", {1, 1, 1, 1, 0, 1, 1, 1, 0}}, {"layer_scales", {3, 2, 2, 1, 1, 1, 1, 1, 1}},
-            {"mrope_section", {16, 24, 24}}, {"widths", before["widths"]}}
-            .items()) {
-        CHECK_MESSAGE(after[key] == value, key);
-    }
+    const json expected{{"num_hidden_layers", 9}, {"activation_sparsity_pattern", {.5, .5, .5, .5, .25, 0, 0, 0, 0}},
+        {"intermediate_size", {10, 20, 20, 30, 40, 50, 60, 70, 80}}, {"num_attention_heads", 4},
+        {"value_embedding_layers", {0, 3, 8}}, {"rope_scaling_layers", {0, 1, 2, 3, 4, 5, 6, 7, 8}},
+        {"no_rope_layers", {1, 1, 1, 1, 0, 1, 1, 1, 0}}, {"layer_scales", {3, 2, 2, 1, 1, 1, 1, 1, 1}},
+        {"mrope_section", {16, 24, 24}}, {"widths", before["widths"]}};
+    for (const auto& [key, value] : expected.items()) { CHECK_MESSAGE(after[key] == value, key); }
     std::filesystem::remove_all(m.folder / "out");
     const auto done = m.run_it();
     has(done.err, "config.json: widths has an entry for each of 8 layers as it seems, and is not known here");
