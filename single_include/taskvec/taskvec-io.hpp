@@ -21118,7 +21118,9 @@ void take_shape(adapted_module<T>& made, const const_tensor_ref& to, adapter_dia
 
 /// What check_shape() is told of a module and its weight.
 struct shape_check {
-    const std::string &tensor, &module, &label; ///< the names of the weight, the module and the adapter, for messages
+    const std::string& tensor; ///< the weight's name, for messages
+    const std::string& module; ///< the module's
+    const std::string& label; ///< the adapter's
     std::size_t blocks = 1; ///< how many modules the weight is, one below the other
     bool may_grow = false; ///< the update may have more rows, of tokens that were added
 };

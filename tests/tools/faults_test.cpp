@@ -125,7 +125,7 @@ const std::vector<std::vector<std::string>>& further_fault_verbs()
         {"run", "config.yml", "--out", "directory"}, {"convert", "la", "--as", "kohya", "--out", "out.safetensors"},
         {"convert", "la", "--as", "mlx", "--out", "new"},
         {"extract-lora", "--base", "base.safetensors", "--task", "a.safetensors", "--rank", "2", "--sparse-rest",
-            "--out", "lora"},
+            "--base-name", "base", "--task-type", "CAUSAL_LM", "--out", "lora"},
         {"peru-lora", "--adapter", "la", "--rank", "1", "--out", "lora"},
         {"fold-llora", "--init", "init", "--adapter", "lb", "--out", "lora"},
         {"lorahub", "--base", "base.safetensors", "--task", "a.safetensors", "--score", "echo 1 {}", "--evaluations",
