@@ -17343,9 +17343,21 @@ TASKVEC_PACK_BITS(pack_mask, ^)
 TASKVEC_PACK_BITS(pack_words, &)
 TASKVEC_PACK_BITS(pack_words, |)
 TASKVEC_PACK_BITS(pack_words, ^)
-TASKVEC_PACK_BITS(pack_words, +)
-TASKVEC_PACK_BITS(pack_words, -)
 #undef TASKVEC_PACK_BITS
+
+// Words wrap around, as registers do: they are numbers without sign while they are added.
+#define TASKVEC_WORDS_SUM(operation)                                                                                   \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator operation(                                              \
+        const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept                                         \
+    {                                                                                                                  \
+        using bare = typename detail::vector_of<std::make_unsigned_t<signed_word<A>>, bytes>::type;                    \
+        return {__builtin_bit_cast(decltype(x.lanes),                                                                  \
+            static_cast<bare>(__builtin_bit_cast(bare, x.lanes) operation __builtin_bit_cast(bare, y.lanes)))};        \
+    }
+TASKVEC_WORDS_SUM(+)
+TASKVEC_WORDS_SUM(-)
+#undef TASKVEC_WORDS_SUM
 /// Where the mask does not hold.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
@@ -17366,12 +17378,15 @@ template <arithmetic_element A, int bytes>
 {
     return {x.lanes | y};
 }
-/// Every word plus `y`.
+/// Every word plus `y`, modulo its size.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
-    return {x.lanes + y};
+    using word = std::make_unsigned_t<signed_word<A>>;
+    using bare = typename detail::vector_of<word, bytes>::type;
+    return {__builtin_bit_cast(
+        decltype(x.lanes), static_cast<bare>(__builtin_bit_cast(bare, x.lanes) + static_cast<word>(y)))};
 }
 /// Words of a mask's lanes that hold; 0 elsewhere.
 template <arithmetic_element A, int bytes>
