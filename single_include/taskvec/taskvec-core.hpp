@@ -1643,6 +1643,7 @@ struct adapter_contents;
 struct diffusion_module;
 class diffusion_names;
 struct module_match;
+struct shape_check;
 struct adapter_write_options;
 struct adapter_loss;
 struct written_adapter;

@@ -1636,6 +1636,7 @@ struct adapter_contents;
 struct diffusion_module;
 class diffusion_names;
 struct module_match;
+struct shape_check;
 struct adapter_write_options;
 struct adapter_loss;
 struct written_adapter;
