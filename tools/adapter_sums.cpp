@@ -83,6 +83,13 @@ bool holds_same(const taskvec::const_tensor_ref& base, const taskvec::peft_tenso
         && std::memcmp(base.data, own.bytes.data(), own.bytes.size()) == 0;
 }
 
+/// Whether a matrix of a base has more rows in an adapter.
+bool grows(const taskvec::const_tensor_ref* there, const taskvec::peft_tensor& own)
+{
+    return there && there->shape.size() == 2 && own.shape.size() == 2 && there->shape[1] == own.shape[1]
+        && own.shape[0] > there->shape[0];
+}
+
 /// Whether a tensor's first rows are another's.
 bool begins_with(const taskvec::const_tensor_ref& tensor, const taskvec::const_tensor_ref& rows)
 {
@@ -489,10 +496,7 @@ void adapter_sum::refuse_grown_vocabulary(const taskvec::adapter_contents<T>& re
         for (const auto& [name, whole] : *tensors) {
             const auto tensor = match.renamed(name, base_);
             const auto* const there = base_.find(tensor);
-            if (!there || there->shape.size() != 2 || whole.shape.size() != 2 || there->shape[1] != whole.shape[1]
-                || whole.shape[0] <= there->shape[0] || !(is_head(tensor) || is_embedding(tensor))) {
-                continue;
-            }
+            if (!grows(there, whole) || !(is_head(tensor) || is_embedding(tensor))) { continue; }
             const auto path = printable(argument.path.string());
             const auto copied = tokenizer_of(argument.path).empty() ? "" : " --copy-from " + path;
             taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
@@ -550,8 +554,7 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
         const auto tensor = match.renamed(name, base_);
         const auto other = grown_.find(tensor);
         const auto* const there = other == grown_.end() ? base_.find(tensor) : &other->second.before;
-        if (!there || there->shape.size() != 2 || own.shape.size() != 2 || there->shape[1] != own.shape[1]
-            || own.shape[0] <= there->shape[0] || there->dtype != own.dtype
+        if (!grows(there, own) || there->dtype != own.dtype
             || !(is_copy || ((is_head(tensor) || is_embedding(tensor)) && weight == 1))) {
             return;
         }
