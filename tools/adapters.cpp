@@ -4,6 +4,8 @@
 
 #include "adapter_table.hpp"
 
+#include <taskvec/formats/json.hpp>
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -68,8 +70,7 @@ void note_missing_words(const run_options& run, const nlohmann::json& config)
     for (const auto& [field, what, flag] :
         {std::array<const char*, 3>{"base_model_name_or_path", "base", "--base-name"},
             std::array<const char*, 3>{"task_type", "task type", "--task-type"}}) {
-        const auto place = config.find(field);
-        if (place != config.end() && place->is_string() && *place != "") { continue; }
+        if (!taskvec::text_under(config, field).empty()) { continue; }
         lacks += (lacks.empty() ? "no " : " and no ") + std::string(what);
         ++count;
         mend += (mend.empty() ? "" : " and ") + std::string(flag);
@@ -92,31 +93,24 @@ void add_modules_to_save(command& verb, adapter_settings& settings)
 void drop_whole_modules(const adapter_settings& settings, std::map<std::string, taskvec::peft_tensor>& others,
     nlohmann::json& config, const std::string& label)
 {
-    const auto text_of = [&](const char* field) {
-        const auto place = config.find(field);
-        return place != config.end() && place->is_string() ? place->get<std::string>() : std::string();
+    const auto is_head = [](const std::string& name, const std::string& task_type) {
+        const auto& heads = heads_of_task(task_type);
+        return std::any_of(
+            heads.begin(), heads.end(), [&](const auto& one) { return taskvec::is_within_module(name, one); });
     };
-    std::vector<std::string> saved;
-    if (const auto list = config.find("modules_to_save"); list != config.end() && list->is_array()) {
-        for (const auto& one : *list) {
-            if (one.is_string()) { saved.push_back(one.get<std::string>()); }
-        }
-    }
-    const auto within = [](const std::string& name, const std::vector<std::string>& modules) {
-        return std::any_of(modules.begin(), modules.end(),
-            [&](const auto& module) { return taskvec::is_within_module(name, module); });
-    };
-    const bool biases = !text_of("bias").empty() && text_of("bias") != "none";
-    const auto type = text_of("task_type");
+    const auto trained = taskvec::text_under(config, "bias"), type = taskvec::text_under(config, "task_type");
+    const bool biases = !trained.empty() && trained != "none";
     std::string head;
     std::erase_if(others, [&](const auto& one) {
         if (one.first.ends_with(taskvec::peft_base_weight)) { return false; }
-        if (biases && one.first.ends_with(".bias") && !within(one.first, saved)) { return false; }
-        if (within(one.first, heads_of_task(settings.words.task_type))) {
+        if (biases && one.first.ends_with(".bias") && !taskvec::belongs_to_saved_module(one.first, config)) {
+            return false;
+        }
+        if (is_head(one.first, settings.words.task_type)) {
             throw usage_error("--task-type " + settings.words.task_type + ": PEFT looks for '" + printable(one.first)
                 + "' in adapters of that type, which --modules-to-save drop leaves out");
         }
-        if (within(one.first, heads_of_task(type))) { head = one.first; }
+        if (is_head(one.first, type)) { head = one.first; }
         return true;
     });
     config["modules_to_save"] = nullptr;

@@ -4,6 +4,8 @@
 
 #include "names.hpp"
 
+#include <taskvec/formats/json.hpp>
+
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
@@ -16,8 +18,7 @@ namespace {
 
 std::string model_type(const nlohmann::json& config)
 {
-    const auto type = config.find("model_type");
-    return type != config.end() && type->is_string() ? type->get<std::string>() : std::string();
+    return taskvec::text_under(config, "model_type");
 }
 
 /// The first of `architectures`; empty where none is named.

@@ -4,6 +4,7 @@
 
 #include <taskvec/core/overflow.hpp>
 #include <taskvec/formats/adapter_file.hpp>
+#include <taskvec/formats/json.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -475,10 +476,7 @@ template <arithmetic_element T>
         }
         }
     }
-    const auto given = [&](const char* field) {
-        const auto place = adapter.config.find(field);
-        return place != adapter.config.end() && place->is_string() ? place->template get<std::string>() : std::string();
-    };
+    const auto given = [&](const char* field) { return text_under(adapter.config, field); };
     const bool from_mlx = adapter.dialect == adapter_dialect::mlx;
     const std::string base_name =
         options.base_name.empty() ? given(from_mlx ? "model" : "base_model_name_or_path") : options.base_name;

@@ -273,4 +273,18 @@ inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity",
     return result += '"';
 }
 
+/// The text under a key of an object; empty where there is none.
+[[nodiscard]] inline std::string text_under(const nlohmann::json& object, std::string_view key)
+{
+    const auto place = object.find(key);
+    return place != object.end() && place->is_string() ? place->get<std::string>() : std::string();
+}
+
+/// Whether an object says `true` under a key.
+[[nodiscard]] inline bool flag_under(const nlohmann::json& object, std::string_view key)
+{
+    const auto place = object.find(key);
+    return place != object.end() && place->is_boolean() && place->get<bool>();
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

@@ -59,6 +59,15 @@ inline constexpr std::string_view peft_tied_head = "lm_head";
     return !module.empty() && tensor.find(std::string(module) + ".") != tensor.npos;
 }
 
+/// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
+[[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
+{
+    const auto list = config.find("modules_to_save");
+    return list != config.end() && list->is_array() && std::any_of(list->begin(), list->end(), [&](const auto& module) {
+        return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
+    });
+}
+
 /// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
 /// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
 /// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
@@ -552,21 +561,12 @@ template <class T>
     return {entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)};
 }
 
-/// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
-[[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
-{
-    const auto list = config.find("modules_to_save");
-    return list != config.end() && list->is_array() && std::any_of(list->begin(), list->end(), [&](const auto& module) {
-        return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
-    });
-}
-
 /// Whether a module is the head of an adapter that says ensure_weight_tying and names embed_tokens or lm_head: PEFT
 /// gives it what it gives the embedding, whether target_modules names it or not.
 [[nodiscard]] inline bool is_tied_head(const nlohmann::json& config, std::string_view module)
 {
-    const auto flag = config.find("ensure_weight_tying"), targets = config.find("target_modules");
-    if (module != peft_tied_head || flag == config.end() || !flag->is_boolean() || !flag->get<bool>()) { return false; }
+    if (module != peft_tied_head || !flag_under(config, "ensure_weight_tying")) { return false; }
+    const auto targets = config.find("target_modules");
     return targets == config.end() || !targets->is_array()
         || std::any_of(targets->begin(), targets->end(), [](const auto& one) {
                if (!one.is_string()) { return false; }
@@ -687,7 +687,7 @@ template <arithmetic_element T = float>
             name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
         if (!is_bias && !is_copy
             && !(options.whole_modules
-                && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
+                && (belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
             raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", entry->name,
                     "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "

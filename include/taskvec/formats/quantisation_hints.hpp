@@ -90,13 +90,6 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
     return sizes;
 }
 
-/// The text under a key; empty where there is none.
-[[nodiscard]] inline std::string text_under(const nlohmann::json& part, std::string_view key)
-{
-    const auto place = part.find(key);
-    return place != part.end() && place->is_string() ? place->get<std::string>() : std::string();
-}
-
 /// The formats of layers that a header's metadata give.
 [[nodiscard]] inline std::map<std::string, std::string, std::less<>> comfy_formats(const std::string& metadata)
 {
@@ -146,10 +139,10 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
     };
     for (const auto& [path, said] : found) {
         const auto& how = *said;
-        const auto method = detail::text_under(how, "quant_method"), algorithm = detail::text_under(how, "quant_algo");
+        const auto method = text_under(how, "quant_method"), algorithm = text_under(how, "quant_algo");
         hints.scaled_fp8 =
             hints.scaled_fp8 || method.find("fp8") != method.npos || algorithm.find("FP8") != algorithm.npos;
-        hints.powers_of_two = hints.powers_of_two || detail::text_under(how, "scale_fmt") == "ue8m0";
+        hints.powers_of_two = hints.powers_of_two || text_under(how, "scale_fmt") == "ue8m0";
         (void)take(how, path, "weight_block_size");
         if (!how.contains("config_groups") || !how["config_groups"].is_object()) { continue; }
         for (const auto& [name, group] : how["config_groups"].items()) {
@@ -157,7 +150,7 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
             const auto& weights = group["weights"];
             const auto bits = weights.find("num_bits");
             if (bits != weights.end() && !(bits->is_number_integer() && bits->get<std::int64_t>() == 8)) { continue; }
-            hints.scaled_fp8 = hints.scaled_fp8 || detail::text_under(weights, "type") == "float";
+            hints.scaled_fp8 = hints.scaled_fp8 || text_under(weights, "type") == "float";
             const auto where = path + ".config_groups." + name + ".weights";
             if (take(weights, where, "block_structure")) { continue; }
             const auto size = weights.find("group_size");

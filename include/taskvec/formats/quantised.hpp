@@ -12,6 +12,7 @@
 #include <taskvec/core/float_bits.hpp>
 #include <taskvec/core/half.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/formats/json.hpp>
 #include <taskvec/formats/quantisation_hints.hpp>
 #include <taskvec/formats/quantised_tensor.hpp>
 
@@ -204,7 +205,7 @@ private:
             if (mark->dtype != dtype::u8 || !mark->data) { return "?"; }
             const auto json =
                 nlohmann::json::parse(std::string(static_cast<const char*>(mark->data), mark->bytes()), nullptr, false);
-            const auto format = json.is_object() ? detail::text_under(json, "format") : std::string();
+            const auto format = json.is_object() ? text_under(json, "format") : std::string();
             return format.empty() || format.size() > 40 ? "?" : format;
         }
         need_hints();
