@@ -1,6 +1,7 @@
 // Adapters to merge: read, found to be of one base, and what they have in common.
 // SPDX-License-Identifier: Apache-2.0
 #include "align_adapters.hpp"
+#include "architectures.hpp"
 
 #include <taskvec/formats/json.hpp>
 
@@ -30,6 +31,22 @@ void check_others(const taskvec::peft_adapter<T>& first, const taskvec::peft_ada
     }
 }
 
+/// Whether weights lie in×out, as the configuration says.
+template <class T>
+bool is_turned(const taskvec::peft_adapter<T>& adapter)
+{
+    return taskvec::flag_under(adapter.config, "fan_in_fan_out");
+}
+
+/// Whether an adapter has factors of a head. PEFT then saves it with fan_in_fan_out false although the other layers of
+/// GPT-2 lie in×out: the head does not, and the configuration says what was found of the layer that came last.
+template <class T>
+bool adapts_head(const taskvec::peft_adapter<T>& adapter)
+{
+    return std::any_of(
+        adapter.updates.begin(), adapter.updates.end(), [](const auto& one) { return is_head_module(one.first); });
+}
+
 template <class T>
 void check_together(const taskvec::peft_adapter<T>& first, const taskvec::peft_adapter<T>& other, bool any_base)
 {
@@ -43,7 +60,7 @@ void check_together(const taskvec::peft_adapter<T>& first, const taskvec::peft_a
         fail("are adapters of different bases, '", base, "' and '", its_base,
             "': where these are one model under two names, say so by --any-base");
     }
-    if (taskvec::flag_under(first.config, "fan_in_fan_out") != taskvec::flag_under(other.config, "fan_in_fan_out")) {
+    if (is_turned(first) != is_turned(other) && !adapts_head(is_turned(first) ? other : first)) {
         fail("disagree about fan_in_fan_out: they are adapters of different bases");
     }
     for (const auto& [name, update] : first.updates) {
@@ -89,6 +106,7 @@ taskvec::peft_adapter<T> merged(const adapter_group<T>& group, std::optional<boo
         if (trained == "all" || (trained == "lora_only" && taskvec::text_under(result.config, "bias") != "all")) {
             result.config["bias"] = trained;
         }
+        if (is_turned(adapter)) { result.config["fan_in_fan_out"] = true; }
         result.embeddings.insert(adapter.embeddings.begin(), adapter.embeddings.end());
         for (const auto& [name, type] : adapter.stored) {
             const auto [place, fresh] = result.stored.emplace(name, type);

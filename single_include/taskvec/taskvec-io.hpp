@@ -2818,6 +2818,20 @@ inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity",
     return result += '"';
 }
 
+/// The text under a key of an object; empty where there is none.
+[[nodiscard]] inline std::string text_under(const nlohmann::json& object, std::string_view key)
+{
+    const auto place = object.find(key);
+    return place != object.end() && place->is_string() ? place->get<std::string>() : std::string();
+}
+
+/// Whether an object says `true` under a key.
+[[nodiscard]] inline bool flag_under(const nlohmann::json& object, std::string_view key)
+{
+    const auto place = object.find(key);
+    return place != object.end() && place->is_boolean() && place->get<bool>();
+}
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_JSON_HPP
 
@@ -10570,13 +10584,6 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
     return sizes;
 }
 
-/// The text under a key; empty where there is none.
-[[nodiscard]] inline std::string text_under(const nlohmann::json& part, std::string_view key)
-{
-    const auto place = part.find(key);
-    return place != part.end() && place->is_string() ? place->get<std::string>() : std::string();
-}
-
 /// The formats of layers that a header's metadata give.
 [[nodiscard]] inline std::map<std::string, std::string, std::less<>> comfy_formats(const std::string& metadata)
 {
@@ -10626,10 +10633,10 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
     };
     for (const auto& [path, said] : found) {
         const auto& how = *said;
-        const auto method = detail::text_under(how, "quant_method"), algorithm = detail::text_under(how, "quant_algo");
+        const auto method = text_under(how, "quant_method"), algorithm = text_under(how, "quant_algo");
         hints.scaled_fp8 =
             hints.scaled_fp8 || method.find("fp8") != method.npos || algorithm.find("FP8") != algorithm.npos;
-        hints.powers_of_two = hints.powers_of_two || detail::text_under(how, "scale_fmt") == "ue8m0";
+        hints.powers_of_two = hints.powers_of_two || text_under(how, "scale_fmt") == "ue8m0";
         (void)take(how, path, "weight_block_size");
         if (!how.contains("config_groups") || !how["config_groups"].is_object()) { continue; }
         for (const auto& [name, group] : how["config_groups"].items()) {
@@ -10637,7 +10644,7 @@ inline void find_quantisation(const nlohmann::json& part, const std::string& pat
             const auto& weights = group["weights"];
             const auto bits = weights.find("num_bits");
             if (bits != weights.end() && !(bits->is_number_integer() && bits->get<std::int64_t>() == 8)) { continue; }
-            hints.scaled_fp8 = hints.scaled_fp8 || detail::text_under(weights, "type") == "float";
+            hints.scaled_fp8 = hints.scaled_fp8 || text_under(weights, "type") == "float";
             const auto where = path + ".config_groups." + name + ".weights";
             if (take(weights, where, "block_structure")) { continue; }
             const auto size = weights.find("group_size");
@@ -11091,7 +11098,7 @@ private:
             if (mark->dtype != dtype::u8 || !mark->data) { return "?"; }
             const auto json =
                 nlohmann::json::parse(std::string(static_cast<const char*>(mark->data), mark->bytes()), nullptr, false);
-            const auto format = json.is_object() ? detail::text_under(json, "format") : std::string();
+            const auto format = json.is_object() ? text_under(json, "format") : std::string();
             return format.empty() || format.size() > 40 ? "?" : format;
         }
         need_hints();
@@ -13217,6 +13224,15 @@ inline constexpr std::string_view peft_tied_head = "lm_head";
     return !module.empty() && tensor.find(std::string(module) + ".") != tensor.npos;
 }
 
+/// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
+[[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
+{
+    const auto list = config.find("modules_to_save");
+    return list != config.end() && list->is_array() && std::any_of(list->begin(), list->end(), [&](const auto& module) {
+        return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
+    });
+}
+
 /// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
 /// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
 /// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
@@ -13710,21 +13726,12 @@ template <class T>
     return {entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)};
 }
 
-/// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
-[[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
-{
-    const auto list = config.find("modules_to_save");
-    return list != config.end() && list->is_array() && std::any_of(list->begin(), list->end(), [&](const auto& module) {
-        return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
-    });
-}
-
 /// Whether a module is the head of an adapter that says ensure_weight_tying and names embed_tokens or lm_head: PEFT
 /// gives it what it gives the embedding, whether target_modules names it or not.
 [[nodiscard]] inline bool is_tied_head(const nlohmann::json& config, std::string_view module)
 {
-    const auto flag = config.find("ensure_weight_tying"), targets = config.find("target_modules");
-    if (module != peft_tied_head || flag == config.end() || !flag->is_boolean() || !flag->get<bool>()) { return false; }
+    if (module != peft_tied_head || !flag_under(config, "ensure_weight_tying")) { return false; }
+    const auto targets = config.find("target_modules");
     return targets == config.end() || !targets->is_array()
         || std::any_of(targets->begin(), targets->end(), [](const auto& one) {
                if (!one.is_string()) { return false; }
@@ -13845,7 +13852,7 @@ template <arithmetic_element T = float>
             name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
         if (!is_bias && !is_copy
             && !(options.whole_modules
-                && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
+                && (belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
             raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", entry->name,
                     "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
@@ -16653,10 +16660,7 @@ template <arithmetic_element T>
         }
         }
     }
-    const auto given = [&](const char* field) {
-        const auto place = adapter.config.find(field);
-        return place != adapter.config.end() && place->is_string() ? place->template get<std::string>() : std::string();
-    };
+    const auto given = [&](const char* field) { return text_under(adapter.config, field); };
     const bool from_mlx = adapter.dialect == adapter_dialect::mlx;
     const std::string base_name =
         options.base_name.empty() ? given(from_mlx ? "model" : "base_model_name_or_path") : options.base_name;

@@ -896,6 +896,30 @@ TEST_CASE("merge-lora averages A and B separately only when asked by that name, 
     CHECK(run(folder, {"merge-lora", "--help"}).out.find("Example:") != std::string::npos);
 }
 
+TEST_CASE("merge-lora: GPT-2's adapter of its head says fan_in_fan_out false, and is of the same base")
+{
+    const scratch folder;
+    const std::string layer = "transformer.h.0.attn.c_attn";
+    adapter a, b;
+    a.updates.emplace(layer, normal_update<float>(12, 4, 2, 1));
+    a.config["fan_in_fan_out"] = true;
+    b.updates.emplace(layer, normal_update<float>(12, 4, 2, 2));
+    b.updates.emplace("lm_head", normal_update<float>(9, 4, 2, 3));
+    b.config["fan_in_fan_out"] = false;
+    taskvec::write_peft(folder / "a", a);
+    taskvec::write_peft(folder / "b", b);
+    for (const auto& order : {std::pair("a", "b"), std::pair("b", "a")}) {
+        CAPTURE(order.first);
+        std::filesystem::remove_all(folder / "out");
+        const auto done =
+            run(folder, {"merge-lora", "--adapter", order.first, "--adapter", order.second, "--out", "out"});
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        CHECK(config_of(folder / "out")["fan_in_fan_out"] == true);
+        CHECK(read_values(folder / "out" / weights_file).at("base_model.model.lm_head.lora_B.weight").shape
+            == taskvec::extents{9, 2});
+    }
+}
+
 TEST_CASE("merge-lora refuses adapters that do not belong together")
 {
     const scratch folder;
