@@ -9,6 +9,8 @@
 #include "runner.hpp"
 #include "words.hpp"
 
+#include <taskvec/adapters/lora.hpp>
+#include <taskvec/core/matrix.hpp>
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/peft.hpp>
 
@@ -80,6 +82,16 @@ struct rank_settings {
 void add_rank_options(command& verb, rank_settings& settings);
 
 // Adapters.
+
+/// The field of PEFT's configuration by which a head is adapted as the embedding that it is one matrix with.
+inline constexpr const char* weight_tying = "ensure_weight_tying";
+
+/// ΔWᵀ for ΔW.
+template <class T>
+[[nodiscard]] taskvec::lora_update<T> transposed(const taskvec::lora_update<T>& update)
+{
+    return {taskvec::transposed_copy(update.a), taskvec::transposed_copy(update.b), update.scaling};
+}
 
 /// Bytes of an adapter's two files; 0 for what is not there.
 [[nodiscard]] std::uint64_t adapter_bytes(const fs::path& directory);

@@ -17,9 +17,6 @@
 
 namespace tool {
 
-/// The field of PEFT's configuration by which a head is adapted as the embedding that it is one matrix with.
-inline constexpr const char* weight_tying = "ensure_weight_tying";
-
 /// What merge-lora is told of how its adapters belong together.
 struct alignment_settings : adapter_settings {
     std::string init; ///< the initialisation that they share, a PEFT directory; empty: they are not merged in phi space

@@ -3,7 +3,6 @@
 #include "align_adapters.hpp"
 #include "token_rows.hpp"
 
-#include <taskvec/core/matrix.hpp>
 #include <taskvec/formats/json.hpp>
 
 #include <algorithm>
@@ -66,10 +65,7 @@ void give_head(taskvec::peft_adapter<T>& adapter)
 {
     const auto embedding = tied_embedding(adapter);
     if (embedding.empty() || adapter.updates.contains(tied_head)) { return; }
-    const auto& update = adapter.updates.at(embedding);
-    adapter.updates.emplace(tied_head,
-        taskvec::lora_update<T>{
-            taskvec::transposed_copy(update.a), taskvec::transposed_copy(update.b), update.scaling});
+    adapter.updates.emplace(tied_head, transposed(adapter.updates.at(embedding)));
     if (const auto type = adapter.stored.find(embedding); type != adapter.stored.end()) {
         adapter.stored.emplace(tied_head, type->second);
     }

@@ -8,10 +8,12 @@
 #include <taskvec/adapters/extract.hpp>
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/formats/json.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <iostream>
@@ -51,20 +53,6 @@ constexpr const char* known_embeddings =
 bool may_be_embedding(std::string_view module)
 {
     return module.substr(module.rfind('.') + 1).find("embed") != module.npos;
-}
-
-/// ΔWᵀ for ΔW.
-template <class T>
-taskvec::lora_update<T> transposed(const taskvec::lora_update<T>& update)
-{
-    const auto turn = [](const taskvec::matrix<T>& x) {
-        taskvec::matrix<T> y(x.cols(), x.rows(), taskvec::matrix_order::row_major);
-        for (std::size_t i = 0; i < x.rows(); ++i) {
-            for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
-        }
-        return y;
-    };
-    return {turn(update.a), turn(update.b), update.scaling};
 }
 
 template <class Names>
@@ -229,12 +217,8 @@ tool::peft_words words_of(const extract_lora_settings& given)
     const auto file = tool::parse_task(given.adapter, "--task-adapter").path / taskvec::peft_config_name;
     if (!tool::fs::is_regular_file(file, ignored)) { return words; }
     const auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
-    const auto take = [&](std::string& word, const char* field) {
-        const auto place = config.find(field);
-        if (word.empty() && place != config.end() && place->is_string()) { word = place->template get<std::string>(); }
-    };
-    take(words.base_name, "base_model_name_or_path");
-    take(words.task_type, "task_type");
+    if (words.base_name.empty()) { words.base_name = taskvec::text_under(config, "base_model_name_or_path"); }
+    if (words.task_type.empty()) { words.task_type = taskvec::text_under(config, "task_type"); }
     return words;
 }
 
@@ -371,7 +355,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     const bool by_peft = tie.tied && tie.head == "lm_head" && names.copies.empty();
     if (tie_changed && !by_peft) {
         // PEFT knows of heads called lm_head alone that they are an embedding: others have the update once more.
-        for (const auto& copy : names.copies) { add(copy, tie.embedding, true, transposed(embedded->second)); }
+        for (const auto& copy : names.copies) { add(copy, tie.embedding, true, tool::transposed(embedded->second)); }
         if (tie.tied) { add(tie.head, tie.embedding, false, embedded->second); }
     }
     std::vector<std::string> doubtful;
@@ -383,7 +367,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             && (is_own_embedding(name) || name == tie.embedding || (may_be && is_embedding(name)));
         if (may_be && !embedding && may_be_embedding(name)) { doubtful.push_back(name); }
         const bool turned = given.fan_in_fan_out && !tool::is_head_module(name) && !found.kernels.contains(name);
-        add(names.of(name), name, embedding, embedding || turned ? transposed(update) : std::move(update));
+        add(names.of(name), name, embedding, embedding || turned ? tool::transposed(update) : std::move(update));
     }
     if (!doubtful.empty()) {
         tool::note(given.run,
