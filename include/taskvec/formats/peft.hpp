@@ -194,6 +194,192 @@ template <class T>
         file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
 }
 
+namespace detail {
+
+/// What read_peft() does, in its steps.
+template <class T>
+class peft_reader {
+public:
+    /// Opens both files, and refuses what the configuration says to be no plain low-rank update.
+    peft_reader(const std::filesystem::path& directory, const peft_read_options& options)
+        : options_(options)
+        , config_file_((directory / peft_config_name).string())
+        , configuration_(directory / peft_config_name)
+        , fields_(configuration_.fields(), config_file_)
+    {
+        adapter_.label = directory.string();
+        adapter_.config = configuration_.fields();
+        check_plain_lora(adapter_.config, config_file_, options);
+        const auto stored = peft_tensor_file(directory);
+        file_.emplace(open_weights(stored, adapter_.notes));
+        model_file_ = stored.string();
+    }
+
+    [[nodiscard]] peft_adapter<T> read()
+    {
+        for (const auto& entry : file_->entries()) { sort_in(entry); }
+        if (pairs_.empty()) { refuse("holds no LoRA factors"); }
+        read_others();
+        read_updates();
+        leave_out();
+        file_->map().check_unchanged();
+        configuration_.check_unchanged(); // another run may have replaced both files between the two readings
+        return std::move(adapter_);
+    }
+
+private:
+    struct halves {
+        const safetensors_entry *a = nullptr, *b = nullptr;
+        bool embedding = false;
+    };
+
+    template <class... Parts>
+    [[noreturn]] void refuse(const Parts&... parts) const
+    {
+        raise<format_error>(error_code::adapter_tensors, message(parts...), model_file_);
+    }
+
+    /// Pairs of factors go by module, everything else by name.
+    void sort_in(const safetensors_entry& entry)
+    {
+        std::string_view name = entry.name;
+        if (!name.starts_with(peft_prefix)) {
+            refuse("tensor '", entry.name, "' does not begin with '", peft_prefix,
+                "' as the names of a PEFT adapter do: ", options_.convert_word);
+        }
+        name.remove_prefix(peft_prefix.size());
+        if (take(entry, name, ".lora_A.weight", true, false) || take(entry, name, ".lora_B.weight", false, false)
+            || take(entry, name, ".lora_embedding_A", true, true)
+            || take(entry, name, ".lora_embedding_B", false, true)) {
+            return;
+        }
+        if (name.find(".lora_velora_embed") != name.npos) { return; } // of the training
+        if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
+            const bool named = name.ends_with(".weight")
+                && (name.rfind(".lora_A.") != name.npos || name.rfind(".lora_B.") != name.npos);
+            refuse("tensor '", entry.name,
+                "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
+                "lora_embedding_A and lora_embedding_B",
+                named ? message(" without a name of the adapter: ", options_.convert_word) : std::string());
+        }
+        others_.emplace(name, &entry);
+    }
+    /// Takes the tensor for a half of its module's pair, if its name ends so.
+    bool take(const safetensors_entry& entry, std::string_view name, std::string_view suffix, bool is_a, bool embedding)
+    {
+        if (!name.ends_with(suffix) || name.size() == suffix.size()) { return false; }
+        auto& pair = pairs_[std::string(name.substr(0, name.size() - suffix.size()))];
+        if (is_a ? pair.a : pair.b) { refuse("tensor '", entry.name, "' is the second such factor of its module"); }
+        (is_a ? pair.a : pair.b) = &entry;
+        if ((pair.a && pair.b) && pair.embedding != embedding) {
+            refuse("tensor '", entry.name, "' and its other half are not both factors of an embedding, or of a layer");
+        }
+        pair.embedding = embedding;
+        return true;
+    }
+
+    void read_others()
+    {
+        const auto* const bias = fields_.find("bias");
+        const bool biases = bias && *bias != "none";
+        for (const auto& [name, entry] : others_) {
+            const bool is_bias = biases && name.ends_with(".bias");
+            const bool is_copy = name.ends_with(peft_base_weight)
+                && pairs_.contains(name.substr(0, name.size() - peft_base_weight.size()));
+            if (!is_bias && !is_copy
+                && !(options_.whole_modules
+                    && (belongs_to_saved_module(name, adapter_.config) || name.ends_with(".weight")))) {
+                raise<format_error>(error_code::adapter_unsupported,
+                    message("tensor '", entry->name,
+                        "' is neither a factor nor a bias that the configuration announces: this adapter is more than "
+                        "a low-rank update; ask for whole weights to be carried along (",
+                        options_.whole_modules_word, "), or remove it"),
+                    model_file_);
+            }
+            adapter_.others.emplace(name, carried_tensor(*file_, *entry));
+        }
+    }
+
+    void read_updates()
+    {
+        const auto ordered = configuration_.ordered();
+        peft_patterns ranks(ordered, "rank_pattern", config_file_), alphas(ordered, "alpha_pattern", config_file_);
+        const double rank = fields_.number("r", 8), alpha = fields_.number("lora_alpha", 8);
+        const bool root = fields_.flag("use_rslora");
+        for (const auto& [module, pair] : pairs_) {
+            auto update = read_pair(module, pair);
+            const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
+            if (static_cast<double>(update.rank()) != expected) {
+                refuse("module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected);
+            }
+            if (update.rank() == 0) { refuse("module '", module, "' has rank 0"); }
+            check_copy(module, update);
+            update.scaling = root ? strength / std::sqrt(expected) : strength / expected;
+            check_update(update, module);
+            if (pair.embedding) { adapter_.embeddings.insert(module); }
+            adapter_.stored.emplace(module, wider(pair.a->dtype, pair.b->dtype));
+            adapter_.updates.emplace(module, std::move(update));
+        }
+        ranks.check_used("rank_pattern", config_file_);
+        alphas.check_used("alpha_pattern", config_file_);
+    }
+    [[nodiscard]] lora_update<T> read_pair(const std::string& module, const halves& pair) const
+    {
+        if (!pair.a || !pair.b) {
+            refuse("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A",
+                ": half of its update is missing");
+        }
+        lora_update<T> update{read_factor<T>(*file_, *pair.b), read_factor<T>(*file_, *pair.a), 1};
+        if (update.b.cols() != update.a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", model_file_, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(),
+                    " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        }
+        return update;
+    }
+    /// The copy of a module's base weight has the shape of its update, whichever way it lies.
+    void check_copy(const std::string& module, const lora_update<T>& update) const
+    {
+        const auto copy = others_.find(module + std::string(peft_base_weight));
+        if (copy == others_.end()) { return; }
+        const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
+        const auto& shape = copy->second->shape;
+        if (shape == extents{out, in} || shape == extents{in, out}) { return; }
+        refuse("tensor '", copy->second->name, "' has shape ", to_string(shape), ", but the update of its module is ",
+            out, "×", in);
+    }
+
+    /// Leaves out what PEFT leaves out, with a note.
+    void leave_out()
+    {
+        std::vector<std::string> modules;
+        for (const auto& one : pairs_) { modules.push_back(one.first); }
+        const auto out = modules_left_out(adapter_.config, config_file_, modules,
+            [&](const std::string& module) { return is_tied_head(adapter_.config, module); });
+        if (!out.empty()) { adapter_.notes.push_back(left_out_words("'" + adapter_.label + "'", out, modules.size())); }
+        for (const auto& module : out) {
+            adapter_.updates.erase(module);
+            adapter_.stored.erase(module);
+            adapter_.embeddings.erase(module);
+            adapter_.others.erase(module + std::string(peft_base_weight));
+        }
+        if (adapter_.updates.empty()) {
+            refuse("holds factors of no module that ", peft_config_name, " does not leave out");
+        }
+    }
+
+    const peft_read_options& options_;
+    std::string config_file_, model_file_;
+    peft_config_file configuration_;
+    peft_fields fields_;
+    std::optional<safetensors_file> file_{};
+    std::map<std::string, halves> pairs_{}; ///< by module
+    std::map<std::string, const safetensors_entry*> others_{}; ///< by name
+    peft_adapter<T> adapter_{};
+};
+
+} // namespace detail
+
 /// Reads an adapter directory that PEFT (or write_peft) wrote. Modules that the configuration leaves out are left out,
 /// as in PEFT, with a note. The scaling of a module is α/r, or α/√r with use_rslora,
 /// with α and r from alpha_pattern and rank_pattern where these match (as PEFT matches: in file order, the whole name
