@@ -83,6 +83,37 @@ void adapt_tie(taskvec::adapter_contents<T>& adapter, const convert_settings& gi
     if (head != adapter.modules.end()) { adapter.modules.erase(head); }
 }
 
+/// Throws for factors that do not fit the weight that they are of.
+template <class T>
+void check_fits(const taskvec::adapter_contents<T>& adapter, const std::string& module,
+    const taskvec::adapted_module<T>& made, const taskvec::const_model_ref& base, const taskvec::module_match& match)
+{
+    const auto& tensor = match.tensors.at(module);
+    const auto part = match.diffusion.find(module);
+    taskvec::check_shape(made, *base.find(tensor),
+        {.tensor = tensor,
+            .module = module,
+            .label = adapter.label,
+            .blocks = part == match.diffusion.end() ? 1 : part->second.blocks,
+            .may_grow = tool::is_head(tensor) || tool::is_embedding(tensor)});
+}
+
+/// Holds an adapter whose names are not the base's to those of its weights that are known to be meant. Of GGUF a base's
+/// configuration is enough, so there may be none.
+template <class T>
+void check_fits_base(const taskvec::adapter_contents<T>& adapter, const convert_settings& given)
+{
+    std::error_code ignored;
+    if (tool::fs::is_directory(given.base, ignored) && taskvec::model_files_in(given.base).empty()) { return; }
+    const auto base = tool::open_noted(given.base, given.run, given.index);
+    const auto match = taskvec::match_modules(adapter, base.model());
+    for (const auto& [module, made] : adapter.modules) {
+        if (made.kernel.empty() && match.tensors.contains(module)) {
+            check_fits(adapter, module, made, base.model(), match);
+        }
+    }
+}
+
 /// Modules under the names that the base has for them.
 template <class T>
 void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings& given)
@@ -110,13 +141,7 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
         }
         const auto& tensor = match.tensors.at(module);
         taskvec::take_shape(made, *model.find(tensor), adapter.dialect);
-        const auto part = match.diffusion.find(module);
-        taskvec::check_shape(made, *model.find(tensor),
-            {.tensor = tensor,
-                .module = module,
-                .label = adapter.label,
-                .blocks = part == match.diffusion.end() ? 1 : part->second.blocks,
-                .may_grow = tool::is_head(tensor) || tool::is_embedding(tensor)});
+        check_fits(adapter, module, made, model, match);
         auto name = tensor.substr(0, tensor.size() - 7);
         if (const auto known = match.diffusion.find(module); known != match.diffusion.end()) {
             name = name_of(known->second, given.as);
@@ -239,8 +264,11 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
     if (!given.base.empty()) { tool::restore_rows(adapter, given.base); }
     // Of GGUF only the configuration is needed, and names are its own.
     const bool own_names = to_gguf || adapter.dialect == taskvec::adapter_dialect::gguf;
-    if (!given.base.empty() && (!own_names || adapter.dialect == taskvec::adapter_dialect::kohya)) {
-        name_as_base(adapter, given);
+    if (!given.base.empty()) {
+        if (!own_names || adapter.dialect == taskvec::adapter_dialect::kohya) { name_as_base(adapter, given); }
+        else {
+            check_fits_base(adapter, given);
+        }
     }
     if (adapter.dialect == taskvec::adapter_dialect::mlx && dialect == taskvec::adapter_dialect::peft
         && given.base.empty()) {

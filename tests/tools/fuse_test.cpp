@@ -823,6 +823,12 @@ TEST_CASE("a GGUF adapter is written for the base's architecture, and folds as t
     // The adapter's own base_model_name_or_path led to the configuration; --base does the same.
     must({"convert", "a", "--as", "gguf", "--base", "base", "--out", "b.gguf"});
     CHECK(slurp(folder / "a.gguf") == slurp(folder / "b.gguf"));
+    // A base that has weights holds the factors to them; a directory with a configuration alone does not.
+    write_adapter_as(folder / "wide", factors(q, 8, 9, 40));
+    refused(folder, {"convert", "wide", "--as", "gguf", "--base", "base", "--out", "no.gguf"}, 1, "8×9");
+    write_text(folder / "bare/config.json", config);
+    must({"convert", "wide", "--as", "gguf", "--base", "bare", "--out", "wide.gguf"});
+    refused(folder, {"convert", "wide.gguf", "--as", "peft", "--base", "base", "--out", "no"}, 1, "8×9");
     CHECK(same(fused("a.gguf"), fused("a")));
     must({"convert", "a.gguf", "--as", "peft", "--out", "back"});
     const auto back = read_values(folder / "back/adapter_model.safetensors");

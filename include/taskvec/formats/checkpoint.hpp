@@ -616,7 +616,16 @@ namespace detail {
     }
     return parts;
 }
-/// The files of the model that a directory holds, as far as its index can be read.
+[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
+{
+    std::string text;
+    for (const auto& name : names) { text += name + '\n'; }
+    return text;
+}
+} // namespace detail
+
+/// The files of the model that a directory holds, as far as its index can be read; PyTorch's are not looked for.
+/// Throws format_error for an index that cannot be read.
 [[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
 {
     std::vector<std::string> result;
@@ -632,13 +641,6 @@ namespace detail {
     }
     return result;
 }
-[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
-{
-    std::string text;
-    for (const auto& name : names) { text += name + '\n'; }
-    return text;
-}
-} // namespace detail
 
 /// The shards that a killed writer gave their names in a directory before their index had its own: what it noted in the
 /// lock, less what an index of the directory names by now. Throws format_error for an index that cannot be read.
@@ -648,7 +650,7 @@ namespace detail {
     std::vector<std::string> result;
     const std::string text = lock.noted();
     if (text.empty()) { return result; }
-    const auto present = detail::model_files_in(directory);
+    const auto present = model_files_in(directory);
     for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
         auto name = text.substr(at, end - at);
         const bool of_a_model = std::any_of(std::begin(model_stems), std::end(model_stems),
@@ -855,7 +857,7 @@ private:
             if (!taken) { return generation; }
         }
     }
-    [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
+    [[nodiscard]] std::vector<std::string> present_files() const { return model_files_in(directory_); }
     [[nodiscard]] std::string single_name() const { return stem_ + ".safetensors"; }
     [[nodiscard]] std::string index_name() const { return single_name() + ".index.json"; }
     /// What open_model() would take in place of what is written here.
