@@ -123,8 +123,8 @@ TEST_CASE("linearized_lora_layer: errors")
     CHECK_THROWS_AS(layer.set(make_lora(random_matrix(5, 3, 1), random_matrix(3, 7, 1), s)), shape_mismatch);
     CHECK_THROWS_AS((linearized_lora_layer<double>(w, bias, make_lora(random_matrix(4, 2, 1), a0))), shape_mismatch);
     CHECK_THROWS_AS((void)make_lora(a0, zero), shape_mismatch);
-    CHECK_THROWS_AS(
-        (linearized_lora_layer<double>(w, random_matrix(1, 4, 1), make_lora(zero, a0)).forward(x)), shape_mismatch);
+    CHECK_THROWS_AS((void)(linearized_lora_layer<double>(w, random_matrix(1, 4, 1), make_lora(zero, a0)).forward(x)),
+        shape_mismatch);
 }
 
 TEST_CASE("linearized_lora_layer in f32")

@@ -111,10 +111,10 @@ TEST_CASE("Arcee Fusion takes what stands out, and all of a tensor whose importa
 TEST_CASE("Arcee Fusion refuses several tasks, and NaN by its place")
 {
     const testing::shaped_models<float> two({{4, 6}}, 2, 1);
-    CHECK_THROWS_WITH_AS(two.merged(arcee_fusion_options{}),
+    CHECK_THROWS_WITH_AS((void)two.merged(arcee_fusion_options{}),
         "Arcee Fusion takes a base and one task, and there are 2 tasks: give one", invalid_argument);
     testing::shaped_models<float> models({{4, 6}}, 1, 1);
-    CHECK_THROWS_AS(models.merged(arcee_fusion_options{.spread = -1}), invalid_argument);
+    CHECK_THROWS_AS((void)models.merged(arcee_fusion_options{.spread = -1}), invalid_argument);
     models.flat.tasks[0][8] = std::numeric_limits<float>::quiet_NaN();
-    CHECK_THROWS_AS(models.merged(arcee_fusion_options{}), nonfinite_error);
+    CHECK_THROWS_AS((void)models.merged(arcee_fusion_options{}), nonfinite_error);
 }

@@ -207,20 +207,20 @@ TEST_CASE("entries of each rank are kept as often as their probability says")
 TEST_CASE("probabilities that are none are refused with their range, and NaN by its place")
 {
     shaped_models<float> models({{4, 6}}, 2, 1);
-    CHECK_THROWS_WITH_AS(models.merged(della_options{.density = 0.3, .epsilon = 0.4}),
+    CHECK_THROWS_WITH_AS((void)models.merged(della_options{.density = 0.3, .epsilon = 0.4}),
         "epsilon is 0.4 and density 0.3; expected an epsilon from 0 to below 0.3, for which density - epsilon and "
         "density + epsilon are within (0, 1)",
         invalid_argument);
-    CHECK_THROWS_WITH_AS(models.merged(della_linear_options{.density = 0.75, .epsilon = 0.25}),
+    CHECK_THROWS_WITH_AS((void)models.merged(della_linear_options{.density = 0.75, .epsilon = 0.25}),
         "epsilon is 0.25 and density 0.75; expected an epsilon from 0 to below 0.25, for which density - epsilon and "
         "density + epsilon are within (0, 1)",
         invalid_argument);
-    CHECK_THROWS_AS(models.merged(della_linear_options{.epsilon = -0.1}), invalid_argument);
-    CHECK_THROWS_AS(models.merged(della_linear_options{.epsilons = {0.1, NAN}}), invalid_argument);
-    CHECK_THROWS_AS(models.merged(della_linear_options{.density = 0}), invalid_argument);
-    CHECK_THROWS_WITH_AS(models.merged(della_linear_options{.epsilons = {0.1}}),
+    CHECK_THROWS_AS((void)models.merged(della_linear_options{.epsilon = -0.1}), invalid_argument);
+    CHECK_THROWS_AS((void)models.merged(della_linear_options{.epsilons = {0.1, NAN}}), invalid_argument);
+    CHECK_THROWS_AS((void)models.merged(della_linear_options{.density = 0}), invalid_argument);
+    CHECK_THROWS_WITH_AS((void)models.merged(della_linear_options{.epsilons = {0.1}}),
         "1 epsilons for 2 tasks: give one each, or none", invalid_argument);
     models.flat.tasks[1][8] = std::numeric_limits<float>::quiet_NaN();
-    CHECK_THROWS_AS(models.merged(della_linear_options{}), nonfinite_error);
-    CHECK_THROWS_AS(models.merged(della_options{}), nonfinite_error);
+    CHECK_THROWS_AS((void)models.merged(della_linear_options{}), nonfinite_error);
+    CHECK_THROWS_AS((void)models.merged(della_options{}), nonfinite_error);
 }

@@ -2236,7 +2236,7 @@ TEST_CASE("adapters on models in 16 bits leave the result in them")
             "merge_method: task_arithmetic\nparameters: {weight: 1}\nbase_model: a16\nmodels: [{model: "
             "base16+lora}]\n"}) {
         for (const auto& [name, tensor] : m.result(text)) {
-            CAPTURE(name);
+            CAPTURE_BOUND(name);
             CHECK(tensor.dtype == taskvec::dtype::bf16);
         }
     }
