@@ -1945,7 +1945,8 @@ TEST_CASE("merge-lora calls a bias as PEFT does where the result adapts its modu
     const std::vector<float> mean{2, 2, 2, 2, 2, 2, 2, 2};
     for (const auto& [first, second] : std::vector<std::pair<std::string, std::string>>{
              {"all", "none"}, {"none", "all"}, {"all", "only"}, {"only", "all"}}) {
-        CAPTURE(first + " " + second);
+        CAPTURE_BOUND(first);
+        CAPTURE_BOUND(second);
         std::filesystem::remove_all(folder / "out");
         REQUIRE(
             run(folder,
