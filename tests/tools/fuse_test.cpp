@@ -427,6 +427,21 @@ TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
     refused(folder, fuse_one, 1, "has the alpha 7 but adapter_config.json says 1");
     with({{"layers.0.lora_A.weight", random_tensor({0, 20}, 1)}, {"layers.0.lora_B.weight", random_tensor({9, 0}, 1)}});
     refused(folder, fuse_one, 1, "rank 0");
+    // As DeepSpeed's ZeRO-3 saves what it has not gathered.
+    with({{"layers.0.lora_A.weight", random_tensor({0}, 1)}, {"layers.0.lora_B.weight", random_tensor({0}, 1)}});
+    refused(folder, fuse_one, 1, "'base_model.model.layers.0.lora_A.weight' is empty, as DeepSpeed's ZeRO-3");
+    refused(folder, {"merge-lora", "--adapter", "a", "--out", "no"}, 1, ".lora_A.weight' is empty, as DeepSpeed's");
+    with({});
+    auto two = read_values(folder / "a/adapter_model.safetensors");
+    two.emplace("lora_unet_layers_0.lora_up.weight", random_tensor({9, 2}, 1));
+    write_values(folder / "a/adapter_model.safetensors", two);
+    refused(folder, fuse_one, 1, "this one is kohya's, and an adapter has names of one dialect");
+    with({});
+    std::filesystem::remove_all(folder / "both");
+    std::filesystem::create_directories(folder / "both");
+    std::filesystem::rename(folder / "a", folder / "both/style");
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "both", "--out", "o.safetensors"}, 1,
+        "holds no adapter, but 'style' in it does: name that");
     with({}, {{"layer_replication", {{0, 1}}}});
     refused(folder, fuse_one, 1, "layer_replication");
     with({}, {{"target_parameters", {"experts.w"}}});

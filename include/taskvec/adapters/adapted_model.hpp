@@ -219,7 +219,7 @@ private:
             raise<nonfinite_error>(error_code::not_finite,
                 message("tensor '", tensor, "': ", what, " in ", label, " holds ",
                     std::isnan(values[i]) ? "NaN" : "infinity", " at entry ", i,
-                    "; repair the adapter or leave it out (nonfinite::propagate is for numbers of models)"));
+                    "; repair the adapter or leave it out"));
         }
     }
 

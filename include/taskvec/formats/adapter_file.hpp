@@ -1,14 +1,18 @@
 // Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers, MLX and llama.cpp, told apart
-// by what they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+// by what they hold, read into one form that folds into a base.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/formats/adapter_contents.hpp>
 #include <taskvec/formats/adapter_gguf.hpp>
 #include <taskvec/formats/adapter_reader.hpp>
 
+#include <algorithm>
 #include <filesystem>
+#include <string>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -21,6 +25,19 @@ namespace taskvec::inline TASKVEC_ABI {
     for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
              std::string_view("adapters.safetensors"), peft_pickle_name}) {
         if (std::filesystem::exists(path / name, ignored)) { return path / name; }
+    }
+    std::vector<std::string> named; // as PEFT saves adapters that have names
+    for (const auto& entry : std::filesystem::directory_iterator(path, ignored)) {
+        if (std::filesystem::exists(entry.path() / peft_config_name, ignored)) {
+            named.push_back(entry.path().filename().string());
+        }
+    }
+    if (!named.empty()) {
+        std::sort(named.begin(), named.end());
+        raise<io_error>(error_code::model_not_found,
+            message("holds no adapter, but ", detail::quoted_list(named),
+                named.size() > 1 ? " in it do: name one of them" : " in it does: name that"),
+            path.string());
     }
     raise<io_error>(error_code::model_not_found,
         message("holds no adapter: expected ", peft_model_name,

@@ -62,6 +62,7 @@ public:
             const auto found = role_of(prefixed ? without_prefix(entry) : std::string_view(entry.name));
             if (found.role == role::ignored) { continue; }
             check_known(found, entry);
+            check_gathered(entry);
             check_dialect(found, entry);
             check_adapter(found);
             put(found, entry);
@@ -78,10 +79,18 @@ private:
     {
         const std::string_view name = entry.name;
         if (!name.starts_with(peft_prefix)) {
+            const bool kohya = !kohya_component_of(name).prefix.empty();
             refuse_(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
-                "' as others of it do");
+                "' as others of it do",
+                kohya ? ", which are PEFT's: this one is kohya's, and an adapter has names of one dialect" : "");
         }
         return name.substr(peft_prefix.size());
+    }
+    void check_gathered(const safetensors_entry& entry) const
+    {
+        if (entry.shape == extents{0}) {
+            refuse_(error_code::adapter_tensors, "tensor '", entry.name, "' ", not_gathered);
+        }
     }
     void check_known(const adapter_role& found, const safetensors_entry& entry) const
     {

@@ -136,10 +136,19 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     }
 }
 
+/// What is said of a tensor without an entry.
+inline constexpr std::string_view not_gathered =
+    "is empty, as DeepSpeed's ZeRO-3 leaves parameters that were not gathered before they were saved: save the adapter "
+    "anew";
+
 /// A stored factor (rows×cols) in T, row-major.
 template <class T>
 [[nodiscard]] matrix<T> read_factor(const safetensors_file& file, const safetensors_entry& entry)
 {
+    if (entry.shape == extents{0}) {
+        raise<format_error>(error_code::adapter_tensors, message("tensor '", entry.name, "' ", not_gathered),
+            file.path().string(), entry.offset);
+    }
     if (entry.shape.size() != 2) {
         raise<format_error>(error_code::adapter_unsupported,
             message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
