@@ -1,5 +1,6 @@
 // What the transformers of vit/ and minilm/ share: projections with adapters, values off a forward pass of tangents,
-// and the vjps of layers by the names of their parameters. SPDX-License-Identifier: Apache-2.0
+// and the vjps of layers by the names of their parameters.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/random.hpp>

@@ -1,5 +1,6 @@
 // The one main function of every test program. Where a case could not run here, the program says so at the end and
-// exits with 77, which ctest counts as skipped; a failure weighs more. SPDX-License-Identifier: Apache-2.0
+// exits with 77, which ctest counts as skipped; a failure weighs more.
+// SPDX-License-Identifier: Apache-2.0
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 

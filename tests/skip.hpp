@@ -1,4 +1,5 @@
-// For a test case that cannot run on this machine: `testing::skip("why"); return;`. SPDX-License-Identifier: Apache-2.0
+// For a test case that cannot run on this machine: `testing::skip("why"); return;`.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <string>

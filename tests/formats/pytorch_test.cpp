@@ -1,5 +1,6 @@
 // PyTorch files: what torch.save() wrote is read as it was, and everything that builds more than tensors, or does not
-// fit together, is refused by name. SPDX-License-Identifier: Apache-2.0
+// fit together, is refused by name.
+// SPDX-License-Identifier: Apache-2.0
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/pytorch.hpp>
 

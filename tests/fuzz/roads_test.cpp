@@ -1,6 +1,7 @@
 // All roads give the same bits: packs of every width, any number of threads, any budget of memory, any chunk, models at
 // any address, in memory and from a file to a file, typed and by name; with TASKVEC_ROADS_OMP (scripts/fuzz, where
-// Thrust is) also the gpu policy on host threads. SPDX-License-Identifier: Apache-2.0
+// Thrust is) also the gpu policy on host threads.
+// SPDX-License-Identifier: Apache-2.0
 #include "fuzz.hpp"
 
 #include <taskvec/formats/safetensors.hpp>

@@ -1,5 +1,6 @@
 // Models with quantised layers: every verb computes with their numbers, as it does with the same model in F32; results
-// are numbers, or quantised again by the same scheme; a layer is never taken apart. SPDX-License-Identifier: Apache-2.0
+// are numbers, or quantised again by the same scheme; a layer is never taken apart.
+// SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
 #include <taskvec/formats/quantised.hpp>

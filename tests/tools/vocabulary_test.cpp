@@ -1,5 +1,6 @@
 // Models whose vocabularies differ: rows of embeddings and heads lined up by the text of tokens, or by index, and the
-// tokenizer and configuration that fit the result. SPDX-License-Identifier: Apache-2.0
+// tokenizer and configuration that fit the result.
+// SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
 #include "../capture.hpp"

@@ -1,5 +1,6 @@
 // A weight with adapters added, worked out a block at a time: what folds adapters into a base, and what makes a task of
-// an adapter that no file holds. SPDX-License-Identifier: Apache-2.0
+// an adapter that no file holds.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/lora.hpp>

@@ -1,5 +1,6 @@
 // Eigen's divide-and-conquer SVD behind truncated_svd(): the body that takes longest to compile, in a header of its
-// own, which a program that links taskvec::compiled never reads. SPDX-License-Identifier: Apache-2.0
+// own, which a program that links taskvec::compiled never reads.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/matrix.hpp>

@@ -1,5 +1,6 @@
 // What taskvec::compiled compiles of linalg/, as lists: EXTERN is `extern` where the library is linked, nothing where
-// it is made. SPDX-License-Identifier: Apache-2.0
+// it is made.
+// SPDX-License-Identifier: Apache-2.0
 //
 // The headers are the same with and without the library. With TASKVEC_COMPILED defined, which linking taskvec::compiled
 // does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to

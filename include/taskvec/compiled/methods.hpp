@@ -1,5 +1,6 @@
 // What taskvec::compiled compiles of methods/, as a list; see compiled/linalg.hpp. Each method's header declares its
-// own merges with it. SPDX-License-Identifier: Apache-2.0
+// own merges with it.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/fwd.hpp>

@@ -1,5 +1,6 @@
 // Eigen's symmetric eigenvalue solver behind leading_svd(), in a header of its own, which a program that links
-// taskvec::compiled never reads. SPDX-License-Identifier: Apache-2.0
+// taskvec::compiled never reads.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/matrix.hpp>

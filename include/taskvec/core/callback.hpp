@@ -1,5 +1,6 @@
 // Functions as values: callback owns what it calls, function_ref refers to it. What std::function is for, without the
-// tenth of a second that <functional> costs in every file. SPDX-License-Identifier: Apache-2.0
+// tenth of a second that <functional> costs in every file.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/config.hpp>

@@ -1,5 +1,6 @@
 // e^x and ln x of packs, by additions, products and quotients that round as IEEE's do: the same bits on every processor
-// and with every C library. SPDX-License-Identifier: Apache-2.0
+// and with every C library.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/pack.hpp>

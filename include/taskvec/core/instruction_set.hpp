@@ -1,5 +1,6 @@
 // Instruction sets: kernels that are compiled several times, and the widest of them that the processor has, chosen at
-// run time. SPDX-License-Identifier: Apache-2.0
+// run time.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A kernel is a functor with a call operator over the bytes of a pack (core/pack.hpp). run_widest() compiles it for
 // each instruction set by target attributes, whatever flags the file is built with, and runs one: 16-byte vectors

@@ -1,5 +1,6 @@
 // What the numbers of options may be, held to their tables (core/option_table.hpp): the same ranges and words as where
-// they are read from text. SPDX-License-Identifier: Apache-2.0
+// they are read from text.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/error.hpp>

@@ -1,6 +1,7 @@
 // Packs: the few entries that a kernel's body works on at once. A vector on the CPU, a single number on a device, in
 // tails and under other compilers than g++ and clang: a body is written once, over packs, and gives the same bits with
-// any of them. SPDX-License-Identifier: Apache-2.0
+// any of them.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Every operation rounds by itself (no multiply-add is fused). Comparisons give masks, and masks choose: select(mask,
 // yes, no), where(mask, x). A body has no branches on packs: `if (x > y)` does not compile.

@@ -1,5 +1,6 @@
 // Packs of stored words: how entries of a storage type become packs of its arithmetic type, and packs become stored
-// words. SPDX-License-Identifier: Apache-2.0
+// words.
+// SPDX-License-Identifier: Apache-2.0
 //
 // 16-bit types are read in words of 32 bits, two entries in each, whose halves come apart and together again by shifts
 // and masks: part 0 of such a pack holds the even entries, part 1 the odd ones.

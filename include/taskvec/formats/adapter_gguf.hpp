@@ -1,5 +1,6 @@
 // Adapters as llama.cpp loads them: GGUF files with a pair lora_a, lora_b for each weight, in its names and its order
-// of rows. SPDX-License-Identifier: Apache-2.0
+// of rows.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/matrix.hpp>

@@ -1,5 +1,6 @@
 // GGUF, the files of llama.cpp: their metadata and where their tensors lie, read strictly; whole files written from
-// memory; and what the tensors of its language models are called. SPDX-License-Identifier: Apache-2.0
+// memory; and what the tensors of its language models are called.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/formats/file_kind.hpp>

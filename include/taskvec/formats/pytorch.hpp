@@ -1,5 +1,6 @@
 // PyTorch files (pytorch_model.bin, .pt, .pth), read without Python: a zip archive with a pickle that builds tensors,
-// and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
+// and nothing else. No code runs.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/dtype.hpp>

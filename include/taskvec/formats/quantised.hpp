@@ -1,5 +1,6 @@
 // Quantised layers: codes and their scales, recognised by their names, read as one tensor of numbers, and written
-// again. SPDX-License-Identifier: Apache-2.0
+// again.
+// SPDX-License-Identifier: Apache-2.0
 //
 // What is read: FP8 with scales (per tensor, per channel, in blocks; under the names of vLLM and compressed-tensors,
 // DeepSeek, Mistral and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is

@@ -1,5 +1,6 @@
 // What files need of the operating system: one body for POSIX, one for Windows. Internal: formats/file.hpp stands on
-// it. SPDX-License-Identifier: Apache-2.0
+// it.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Functions take paths as std::filesystem has them, give what the calls of POSIX of their kind give (−1 and errno where
 // they fail), and throw nothing but for memory.

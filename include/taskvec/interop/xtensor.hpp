@@ -1,5 +1,6 @@
 // xtensor containers, adaptors and strided views as inputs and outputs, and results as xtensor adaptors, without a
-// copy. SPDX-License-Identifier: Apache-2.0
+// copy.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Written against the interface that xtensor's strided expressions share (data, data_offset, shape, strides,
 // static_layout), and includes none of its headers: they moved between 0.24 (xtensor/xarray.hpp) and 0.26

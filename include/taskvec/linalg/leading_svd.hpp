@@ -1,6 +1,7 @@
 // The exact leading singular triples of a large f32 matrix without the rest of its spectrum: block Lanczos iteration.
 // Golub, Luk, Overton, "A block Lanczos method for computing the singular values and corresponding singular vectors of
-// a matrix" (ACM TOMS 1981). SPDX-License-Identifier: Apache-2.0
+// a matrix" (ACM TOMS 1981).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/compiled/linalg.hpp>

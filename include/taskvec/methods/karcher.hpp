@@ -1,5 +1,6 @@
 // The Karcher mean: the point of a sphere whose squared distances to the models add up to the least. Karcher,
-// "Riemannian center of mass and mollifier smoothing" (1977). SPDX-License-Identifier: Apache-2.0
+// "Riemannian center of mass and mollifier smoothing" (1977).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>

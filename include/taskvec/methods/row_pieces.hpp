@@ -1,5 +1,6 @@
 // Pieces of whole rows: what a walk goes over where a method looks at rows and
-// not at single entries. SPDX-License-Identifier: Apache-2.0
+// not at single entries.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/models/aligned_models.hpp>

@@ -1,5 +1,6 @@
 // SCE: select the entries in which task vectors differ most, calculate a weight for each task, erase minority signs.
-// Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990). SPDX-License-Identifier: Apache-2.0
+// Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>

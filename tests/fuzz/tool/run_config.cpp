@@ -1,6 +1,7 @@
 // Any text is a configuration that becomes a request, or refused. scripts/fuzz compiles it together with
 // tools/config_*.cpp; what does the work stands here as functions that do nothing. In the suite the tool itself goes
-// through the corpus. SPDX-License-Identifier: Apache-2.0
+// through the corpus.
+// SPDX-License-Identifier: Apache-2.0
 #include "../../../tools/run_config.hpp"
 #include "../../../tools/mergekit_words.hpp"
 #include "../../../tools/scoring.hpp"

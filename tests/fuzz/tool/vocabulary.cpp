@@ -1,6 +1,7 @@
 // Any two texts, with a zero byte between, are tokenizers whose models are lined up, or refused; of every policy the
 // result has rows that the models have, and a tokenizer that is read again. scripts/fuzz compiles it together with
-// tools/vocabulary.cpp. In the suite the tool itself goes through the corpus. SPDX-License-Identifier: Apache-2.0
+// tools/vocabulary.cpp. In the suite the tool itself goes through the corpus.
+// SPDX-License-Identifier: Apache-2.0
 #include "../../../tools/vocabulary.hpp"
 #include "../../../tools/tokenizers.hpp"
 #include "../fuzz.hpp"

@@ -1,5 +1,6 @@
 // Whose device this program is compiled for: CUDA, HIP, or none, where THRUST_DEVICE_SYSTEM names a host system and
-// device memory is host memory. SPDX-License-Identifier: Apache-2.0
+// device memory is host memory.
+// SPDX-License-Identifier: Apache-2.0
 //
 // TASKVEC_ON_DEVICE is 1 where there is a vendor, whose names are then in device::vendor; TASKVEC_ON_CUDA and
 // TASKVEC_ON_HIP say which. A new vendor is a header beside cuda.hpp with the same names, two lines here, a folder of
