@@ -13,7 +13,8 @@
 #if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP)
 #define TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
 // A weight with adapters added, worked out a block at a time: what folds adapters into a base, and what makes a task of
-// an adapter that no file holds. SPDX-License-Identifier: Apache-2.0
+// an adapter that no file holds.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/adapters/lora.hpp
@@ -2374,7 +2375,8 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 #if !defined(TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP)
 #define TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP
 // Instruction sets: kernels that are compiled several times, and the widest of them that the processor has, chosen at
-// run time. SPDX-License-Identifier: Apache-2.0
+// run time.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A kernel is a functor with a call operator over the bytes of a pack (core/pack.hpp). run_widest() compiles it for
 // each instruction set by target attributes, whatever flags the file is built with, and runs one: 16-byte vectors
@@ -2532,7 +2534,8 @@ void run_widest(const Kernel& kernel)
 #if !defined(TASKVEC_SINGLE_CORE_STORED_PACK_HPP)
 #define TASKVEC_SINGLE_CORE_STORED_PACK_HPP
 // Packs of stored words: how entries of a storage type become packs of its arithmetic type, and packs become stored
-// words. SPDX-License-Identifier: Apache-2.0
+// words.
+// SPDX-License-Identifier: Apache-2.0
 //
 // 16-bit types are read in words of 32 bits, two entries in each, whose halves come apart and together again by shifts
 // and masks: part 0 of such a pack holds the even entries, part 1 the odd ones.
@@ -2543,7 +2546,8 @@ void run_widest(const Kernel& kernel)
 #define TASKVEC_SINGLE_CORE_PACK_HPP
 // Packs: the few entries that a kernel's body works on at once. A vector on the CPU, a single number on a device, in
 // tails and under other compilers than g++ and clang: a body is written once, over packs, and gives the same bits with
-// any of them. SPDX-License-Identifier: Apache-2.0
+// any of them.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Every operation rounds by itself (no multiply-add is fused). Comparisons give masks, and masks choose: select(mask,
 // yes, no), where(mask, x). A body has no branches on packs: `if (x > y)` does not compile.
@@ -3806,7 +3810,8 @@ inline void stream_fence() noexcept
 #if !defined(TASKVEC_SINGLE_CORE_CALLBACK_HPP)
 #define TASKVEC_SINGLE_CORE_CALLBACK_HPP
 // Functions as values: callback owns what it calls, function_ref refers to it. What std::function is for, without the
-// tenth of a second that <functional> costs in every file. SPDX-License-Identifier: Apache-2.0
+// tenth of a second that <functional> costs in every file.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <concepts>
@@ -6343,7 +6348,7 @@ private:
             raise<nonfinite_error>(error_code::not_finite,
                 message("tensor '", tensor, "': ", what, " in ", label, " holds ",
                     std::isnan(values[i]) ? "NaN" : "infinity", " at entry ", i,
-                    "; repair the adapter or leave it out (nonfinite::propagate is for numbers of models)"));
+                    "; repair the adapter or leave it out"));
         }
     }
 
@@ -6492,6 +6497,52 @@ template <arithmetic_element T>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/byte_buffer.hpp
+#if !defined(TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP)
+#define TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP
+// Bytes for elements whose type is known when a program runs.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <memory_resource>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Zeroed bytes of a resource, aligned for elements of any storage type: a vector of bytes asks its resource for no
+/// alignment, and one that packs what it gives (std::pmr::monotonic_buffer_resource) then gives none.
+class byte_buffer {
+public:
+    explicit byte_buffer(std::pmr::memory_resource* memory, std::size_t size = 0)
+        : units_(units_of(size), memory)
+        , size_(size)
+    { }
+
+    [[nodiscard]] std::byte* data() noexcept { return reinterpret_cast<std::byte*>(units_.data()); }
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    void resize(std::size_t size)
+    {
+        units_.resize(units_of(size));
+        size_ = size;
+    }
+
+private:
+    struct alignas(std::max_align_t) unit {
+        std::byte bytes[alignof(std::max_align_t)];
+    };
+    [[nodiscard]] static std::size_t units_of(std::size_t size) noexcept
+    {
+        return size / sizeof(unit) + (size % sizeof(unit) == 0 ? 0 : 1);
+    }
+
+    std::pmr::vector<unit> units_;
+    std::size_t size_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP
+
 // ---- taskvec/methods/merge.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_MERGE_HPP)
 #define TASKVEC_SINGLE_METHODS_MERGE_HPP
@@ -6503,7 +6554,8 @@ template <arithmetic_element T>
 #if !defined(TASKVEC_SINGLE_COMPILED_METHODS_HPP)
 #define TASKVEC_SINGLE_COMPILED_METHODS_HPP
 // What taskvec::compiled compiles of methods/, as a list; see compiled/linalg.hpp. Each method's header declares its
-// own merges with it. SPDX-License-Identifier: Apache-2.0
+// own merges with it.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <memory>
@@ -6543,7 +6595,8 @@ std::vector<std::unique_ptr<operand_source>> merge_sources(
 #if !defined(TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP)
 #define TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
 // What the numbers of options may be, held to their tables (core/option_table.hpp): the same ranges and words as where
-// they are read from text. SPDX-License-Identifier: Apache-2.0
+// they are read from text.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/core/option_table.hpp
@@ -8228,7 +8281,8 @@ template <std::derived_from<cpu_passes> Passes>
 #if !defined(TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP)
 #define TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP
 // Pieces of whole rows: what a walk goes over where a method looks at rows and
-// not at single entries. SPDX-License-Identifier: Apache-2.0
+// not at single entries.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>
@@ -8465,7 +8519,7 @@ inline void decode_through(
     const std::size_t size = tensor.source.size();
     for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
         const std::size_t n = std::min(piece, size - i * piece);
-        std::pmr::vector<std::byte> words(byte_count(type, n), memory_of(policy));
+        byte_buffer words(memory_of(policy), byte_count(type, n));
         read_stored(from, type, i * piece, n, words.data());
         out.write(tensor.output, byte_count(type, i * piece), words.data(), words.size());
         if (!meter.advance(byte_count(from.type(), n))) { raise<cancelled>(error_code::cancelled); }
@@ -8695,7 +8749,7 @@ private:
     tensor_sink* out_;
     storage_conversions conversions_;
     bool stream_;
-    std::pmr::vector<std::byte> buffer_;
+    byte_buffer buffer_;
     const aligned_tensor* tensor_ = nullptr;
     const tensor_chunk* piece_ = nullptr;
     std::byte* direct_ = nullptr;
@@ -9991,12 +10045,12 @@ private:
         const std::size_t largest = range.first < range.last ? models.chunks()[range.first].size : 0;
         struct buffers {
             std::pmr::vector<A> values;
-            std::pmr::vector<std::byte> stored;
+            detail::byte_buffer stored;
         };
         std::pmr::vector<buffers> workers(memory_of(policy));
         for (std::size_t w = worker_count(policy, range.last - range.first); w-- > 0;) {
             workers.push_back({std::pmr::vector<A>(largest, memory_of(policy)),
-                std::pmr::vector<std::byte>(direct ? 0 : largest * width, memory_of(policy))});
+                detail::byte_buffer(memory_of(policy), direct ? 0 : largest * width)});
         }
         const auto& conversion =
             detail::conversions_between<A, storage_types>.of(tensor.output_dtype, tensor.name, true);
@@ -11017,7 +11071,8 @@ namespace taskvec::inline TASKVEC_ABI {
 #if !defined(TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP)
 #define TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP
 // e^x and ln x of packs, by additions, products and quotients that round as IEEE's do: the same bits on every processor
-// and with every C library. SPDX-License-Identifier: Apache-2.0
+// and with every C library.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <cstdint>
@@ -11807,7 +11862,8 @@ template <class X>
 #if !defined(TASKVEC_SINGLE_INTEROP_XTENSOR_HPP)
 #define TASKVEC_SINGLE_INTEROP_XTENSOR_HPP
 // xtensor containers, adaptors and strided views as inputs and outputs, and results as xtensor adaptors, without a
-// copy. SPDX-License-Identifier: Apache-2.0
+// copy.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Written against the interface that xtensor's strided expressions share (data, data_offset, shape, strides,
 // static_layout), and includes none of its headers: they moved between 0.24 (xtensor/xarray.hpp) and 0.26
@@ -16581,7 +16637,8 @@ TASKVEC_COMPILED_MERGES(extern, fisher_options)
 #if !defined(TASKVEC_SINGLE_METHODS_KARCHER_HPP)
 #define TASKVEC_SINGLE_METHODS_KARCHER_HPP
 // The Karcher mean: the point of a sphere whose squared distances to the models add up to the least. Karcher,
-// "Riemannian center of mass and mollifier smoothing" (1977). SPDX-License-Identifier: Apache-2.0
+// "Riemannian center of mass and mollifier smoothing" (1977).
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>
@@ -17822,7 +17879,8 @@ TASKVEC_COMPILED_MERGES(extern, ram_plus_options)
 #if !defined(TASKVEC_SINGLE_METHODS_SCE_HPP)
 #define TASKVEC_SINGLE_METHODS_SCE_HPP
 // SCE: select the entries in which task vectors differ most, calculate a weight for each task, erase minority signs.
-// Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990). SPDX-License-Identifier: Apache-2.0
+// Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990).
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>

@@ -2356,7 +2356,8 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 #if !defined(TASKVEC_SINGLE_FORMATS_GGUF_HPP)
 #define TASKVEC_SINGLE_FORMATS_GGUF_HPP
 // GGUF, the files of llama.cpp: their metadata and where their tensors lie, read strictly; whole files written from
-// memory; and what the tensors of its language models are called. SPDX-License-Identifier: Apache-2.0
+// memory; and what the tensors of its language models are called.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/formats/file_kind.hpp
@@ -3225,7 +3226,8 @@ private:
 #if !defined(TASKVEC_SINGLE_CORE_CALLBACK_HPP)
 #define TASKVEC_SINGLE_CORE_CALLBACK_HPP
 // Functions as values: callback owns what it calls, function_ref refers to it. What std::function is for, without the
-// tenth of a second that <functional> costs in every file. SPDX-License-Identifier: Apache-2.0
+// tenth of a second that <functional> costs in every file.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <concepts>
@@ -3665,7 +3667,8 @@ inline void for_each_index(
 #if !defined(TASKVEC_SINGLE_FORMATS_SYSTEM_HPP)
 #define TASKVEC_SINGLE_FORMATS_SYSTEM_HPP
 // What files need of the operating system: one body for POSIX, one for Windows. Internal: formats/file.hpp stands on
-// it. SPDX-License-Identifier: Apache-2.0
+// it.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Functions take paths as std::filesystem has them, give what the calls of POSIX of their kind give (−1 and errno where
 // they fail), and throw nothing but for memory.
@@ -6872,7 +6875,8 @@ constexpr void for_each_preset_list(Options& options, Visit&& visit)
 #if !defined(TASKVEC_SINGLE_COMPILED_LINALG_HPP)
 #define TASKVEC_SINGLE_COMPILED_LINALG_HPP
 // What taskvec::compiled compiles of linalg/, as lists: EXTERN is `extern` where the library is linked, nothing where
-// it is made. SPDX-License-Identifier: Apache-2.0
+// it is made.
+// SPDX-License-Identifier: Apache-2.0
 //
 // The headers are the same with and without the library. With TASKVEC_COMPILED defined, which linking taskvec::compiled
 // does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to
@@ -9319,7 +9323,8 @@ template <storage_element T, arithmetic_element A, class Refuse>
 #if !defined(TASKVEC_SINGLE_FORMATS_PYTORCH_HPP)
 #define TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
 // PyTorch files (pytorch_model.bin, .pt, .pth), read without Python: a zip archive with a pickle that builds tensors,
-// and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
+// and nothing else. No code runs.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/formats/pickle.hpp
@@ -10486,7 +10491,8 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
 #if !defined(TASKVEC_SINGLE_FORMATS_QUANTISED_HPP)
 #define TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
 // Quantised layers: codes and their scales, recognised by their names, read as one tensor of numbers, and written
-// again. SPDX-License-Identifier: Apache-2.0
+// again.
+// SPDX-License-Identifier: Apache-2.0
 //
 // What is read: FP8 with scales (per tensor, per channel, in blocks; under the names of vLLM and compressed-tensors,
 // DeepSeek, Mistral and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is
@@ -12320,7 +12326,16 @@ namespace detail {
     }
     return parts;
 }
-/// The files of the model that a directory holds, as far as its index can be read.
+[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
+{
+    std::string text;
+    for (const auto& name : names) { text += name + '\n'; }
+    return text;
+}
+} // namespace detail
+
+/// The files of the model that a directory holds, as far as its index can be read; PyTorch's are not looked for.
+/// Throws format_error for an index that cannot be read.
 [[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
 {
     std::vector<std::string> result;
@@ -12336,13 +12351,6 @@ namespace detail {
     }
     return result;
 }
-[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
-{
-    std::string text;
-    for (const auto& name : names) { text += name + '\n'; }
-    return text;
-}
-} // namespace detail
 
 /// The shards that a killed writer gave their names in a directory before their index had its own: what it noted in the
 /// lock, less what an index of the directory names by now. Throws format_error for an index that cannot be read.
@@ -12352,7 +12360,7 @@ namespace detail {
     std::vector<std::string> result;
     const std::string text = lock.noted();
     if (text.empty()) { return result; }
-    const auto present = detail::model_files_in(directory);
+    const auto present = model_files_in(directory);
     for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
         auto name = text.substr(at, end - at);
         const bool of_a_model = std::any_of(std::begin(model_stems), std::end(model_stems),
@@ -12559,7 +12567,7 @@ private:
             if (!taken) { return generation; }
         }
     }
-    [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
+    [[nodiscard]] std::vector<std::string> present_files() const { return model_files_in(directory_); }
     [[nodiscard]] std::string single_name() const { return stem_ + ".safetensors"; }
     [[nodiscard]] std::string index_name() const { return single_name() + ".index.json"; }
     /// What open_model() would take in place of what is written here.
@@ -12592,6 +12600,14 @@ private:
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
+
+// ---- taskvec/formats/peft_config.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PEFT_CONFIG_HPP)
+#define TASKVEC_SINGLE_FORMATS_PEFT_CONFIG_HPP
+// What adapter_config.json of PEFT says: its fields, the modules that it means, and what it says that is more than an
+// update of weights.
+// SPDX-License-Identifier: Apache-2.0
+
 
 // ---- taskvec/formats/python_pattern.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_PYTHON_PATTERN_HPP)
@@ -13176,18 +13192,13 @@ private:
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
-#include <map>
 #include <optional>
 #include <set>
 #include <string>
 #include <string_view>
-#include <system_error>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -13201,14 +13212,6 @@ inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
 inline constexpr std::string_view peft_pickle_name = "adapter_model.bin";
 /// Stands before the name of every module.
 inline constexpr std::string_view peft_prefix = "base_model.model.";
-
-/// A tensor that an adapter carries beside its factors: a bias, or a weight of a module that was trained whole.
-struct peft_tensor {
-    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
-    extents shape{}; ///< slowest first
-    std::vector<std::byte> bytes{}; ///< as they are stored
-    friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
-};
 
 /// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
 inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
@@ -13232,44 +13235,6 @@ inline constexpr std::string_view peft_tied_head = "lm_head";
         return module.is_string() && is_within_module(name, module.template get_ref<const std::string&>());
     });
 }
-
-/// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
-/// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
-/// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
-template <arithmetic_element T>
-struct peft_adapter {
-    lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
-    std::set<std::string> embeddings{}; ///< which of the modules are embeddings
-    std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
-    /// Of the modules that are convolutions: their sides, slowest first. The update's `in` counts the kernel.
-    std::map<std::string, extents> kernels{};
-    std::map<std::string, peft_tensor>
-        others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
-    nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
-    std::string label{}; ///< names the adapter in messages: its directory
-    std::vector<std::string> notes{}; ///< what a user should know of it, a sentence each
-};
-
-/// The narrowest floating storage dtype that holds the values of both.
-[[nodiscard]] constexpr dtype wider(dtype a, dtype b) noexcept
-{
-    return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
-}
-
-/// What read_peft() accepts beside plain low-rank updates.
-struct peft_read_options {
-    /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save,
-    /// embeddings that were saved): they are kept in `others`. By default such an adapter is refused. The copies of
-    /// base weights that PEFT stores beside the factors of embed_tokens and lm_head are not meant: they are always
-    /// accepted.
-    bool whole_modules = false;
-    /// What messages call the switch above: the caller's own word for it, such as a flag.
-    std::string whole_modules_word = "peft_read_options::whole_modules";
-    /// What messages advise for DoRA and lora_bias: the caller's own way from there to a plain low-rank update.
-    std::string fold_word = "fold it into its base with PEFT and extract an adapter from the result";
-    /// What they advise for AdaLoRA, LoHa and LoKr.
-    std::string convert_word = "read_adapter() reads it, and converted_adapter() writes it as the LoRA that it equals";
-};
 
 namespace detail {
 
@@ -13629,6 +13594,93 @@ template <class IsParameter>
         " leaves these modules out (target_modules, exclude_modules or layers_to_transform)");
 }
 
+/// Whether a module is the head of an adapter that says ensure_weight_tying and names embed_tokens or lm_head: PEFT
+/// gives it what it gives the embedding, whether target_modules names it or not.
+[[nodiscard]] inline bool is_tied_head(const nlohmann::json& config, std::string_view module)
+{
+    if (module != peft_tied_head || !flag_under(config, "ensure_weight_tying")) { return false; }
+    const auto targets = config.find("target_modules");
+    return targets == config.end() || !targets->is_array()
+        || std::any_of(targets->begin(), targets->end(), [](const auto& one) {
+               if (!one.is_string()) { return false; }
+               const std::string_view name = one.template get_ref<const std::string&>();
+               const auto last = name.substr(name.rfind('.') + 1);
+               return last == "embed_tokens" || last == peft_tied_head;
+           });
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_PEFT_CONFIG_HPP
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A tensor that an adapter carries beside its factors: a bias, or a weight of a module that was trained whole.
+struct peft_tensor {
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
+    extents shape{}; ///< slowest first
+    std::vector<std::byte> bytes{}; ///< as they are stored
+    friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
+};
+
+/// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
+/// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
+/// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
+template <arithmetic_element T>
+struct peft_adapter {
+    lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
+    std::set<std::string> embeddings{}; ///< which of the modules are embeddings
+    std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
+    /// Of the modules that are convolutions: their sides, slowest first. The update's `in` counts the kernel.
+    std::map<std::string, extents> kernels{};
+    std::map<std::string, peft_tensor>
+        others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
+    nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
+    std::string label{}; ///< names the adapter in messages: its directory
+    std::vector<std::string> notes{}; ///< what a user should know of it, a sentence each
+};
+
+/// The narrowest floating storage dtype that holds the values of both.
+[[nodiscard]] constexpr dtype wider(dtype a, dtype b) noexcept
+{
+    return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
+}
+
+/// What read_peft() accepts beside plain low-rank updates.
+struct peft_read_options {
+    /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save,
+    /// embeddings that were saved): they are kept in `others`. By default such an adapter is refused. The copies of
+    /// base weights that PEFT stores beside the factors of embed_tokens and lm_head are not meant: they are always
+    /// accepted.
+    bool whole_modules = false;
+    /// What messages call the switch above: the caller's own word for it, such as a flag.
+    std::string whole_modules_word = "peft_read_options::whole_modules";
+    /// What messages advise for DoRA and lora_bias: the caller's own way from there to a plain low-rank update.
+    std::string fold_word = "fold it into its base with PEFT and extract an adapter from the result";
+    /// What they advise for AdaLoRA, LoHa and LoKr.
+    std::string convert_word = "read_adapter() reads it, and converted_adapter() writes it as the LoRA that it equals";
+};
+
+namespace detail {
+
 /// Refuses by name whatever is not a plain low-rank update.
 inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
 {
@@ -13689,10 +13741,19 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     }
 }
 
+/// What is said of a tensor without an entry.
+inline constexpr std::string_view not_gathered =
+    "is empty, as DeepSpeed's ZeRO-3 leaves parameters that were not gathered before they were saved: save the adapter "
+    "anew";
+
 /// A stored factor (rows×cols) in T, row-major.
 template <class T>
 [[nodiscard]] matrix<T> read_factor(const safetensors_file& file, const safetensors_entry& entry)
 {
+    if (entry.shape == extents{0}) {
+        raise<format_error>(error_code::adapter_tensors, message("tensor '", entry.name, "' ", not_gathered),
+            file.path().string(), entry.offset);
+    }
     if (entry.shape.size() != 2) {
         raise<format_error>(error_code::adapter_unsupported,
             message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
@@ -13726,21 +13787,6 @@ template <class T>
     return {entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)};
 }
 
-/// Whether a module is the head of an adapter that says ensure_weight_tying and names embed_tokens or lm_head: PEFT
-/// gives it what it gives the embedding, whether target_modules names it or not.
-[[nodiscard]] inline bool is_tied_head(const nlohmann::json& config, std::string_view module)
-{
-    if (module != peft_tied_head || !flag_under(config, "ensure_weight_tying")) { return false; }
-    const auto targets = config.find("target_modules");
-    return targets == config.end() || !targets->is_array()
-        || std::any_of(targets->begin(), targets->end(), [](const auto& one) {
-               if (!one.is_string()) { return false; }
-               const std::string_view name = one.template get_ref<const std::string&>();
-               const auto last = name.substr(name.rfind('.') + 1);
-               return last == "embed_tokens" || last == peft_tied_head;
-           });
-}
-
 } // namespace detail
 
 /// The file of an adapter's directory that has the factors: PEFT's old one where that is all there is.
@@ -13761,6 +13807,192 @@ template <class T>
     return std::any_of(
         file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
 }
+
+namespace detail {
+
+/// What read_peft() does, in its steps.
+template <class T>
+class peft_reader {
+public:
+    /// Opens both files, and refuses what the configuration says to be no plain low-rank update.
+    peft_reader(const std::filesystem::path& directory, const peft_read_options& options)
+        : options_(options)
+        , config_file_((directory / peft_config_name).string())
+        , configuration_(directory / peft_config_name)
+        , fields_(configuration_.fields(), config_file_)
+    {
+        adapter_.label = directory.string();
+        adapter_.config = configuration_.fields();
+        check_plain_lora(adapter_.config, config_file_, options);
+        const auto stored = peft_tensor_file(directory);
+        file_.emplace(open_weights(stored, adapter_.notes));
+        model_file_ = stored.string();
+    }
+
+    [[nodiscard]] peft_adapter<T> read()
+    {
+        for (const auto& entry : file_->entries()) { sort_in(entry); }
+        if (pairs_.empty()) { refuse("holds no LoRA factors"); }
+        read_others();
+        read_updates();
+        leave_out();
+        file_->map().check_unchanged();
+        configuration_.check_unchanged(); // another run may have replaced both files between the two readings
+        return std::move(adapter_);
+    }
+
+private:
+    struct halves {
+        const safetensors_entry *a = nullptr, *b = nullptr;
+        bool embedding = false;
+    };
+
+    template <class... Parts>
+    [[noreturn]] void refuse(const Parts&... parts) const
+    {
+        raise<format_error>(error_code::adapter_tensors, message(parts...), model_file_);
+    }
+
+    /// Pairs of factors go by module, everything else by name.
+    void sort_in(const safetensors_entry& entry)
+    {
+        std::string_view name = entry.name;
+        if (!name.starts_with(peft_prefix)) {
+            refuse("tensor '", entry.name, "' does not begin with '", peft_prefix,
+                "' as the names of a PEFT adapter do: ", options_.convert_word);
+        }
+        name.remove_prefix(peft_prefix.size());
+        if (take(entry, name, ".lora_A.weight", true, false) || take(entry, name, ".lora_B.weight", false, false)
+            || take(entry, name, ".lora_embedding_A", true, true)
+            || take(entry, name, ".lora_embedding_B", false, true)) {
+            return;
+        }
+        if (name.find(".lora_velora_embed") != name.npos) { return; } // of the training
+        if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
+            const bool named = name.ends_with(".weight")
+                && (name.rfind(".lora_A.") != name.npos || name.rfind(".lora_B.") != name.npos);
+            refuse("tensor '", entry.name,
+                "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
+                "lora_embedding_A and lora_embedding_B",
+                named ? message(" without a name of the adapter: ", options_.convert_word) : std::string());
+        }
+        others_.emplace(name, &entry);
+    }
+    /// Takes the tensor for a half of its module's pair, if its name ends so.
+    bool take(const safetensors_entry& entry, std::string_view name, std::string_view suffix, bool is_a, bool embedding)
+    {
+        if (!name.ends_with(suffix) || name.size() == suffix.size()) { return false; }
+        auto& pair = pairs_[std::string(name.substr(0, name.size() - suffix.size()))];
+        if (is_a ? pair.a : pair.b) { refuse("tensor '", entry.name, "' is the second such factor of its module"); }
+        (is_a ? pair.a : pair.b) = &entry;
+        if ((pair.a && pair.b) && pair.embedding != embedding) {
+            refuse("tensor '", entry.name, "' and its other half are not both factors of an embedding, or of a layer");
+        }
+        pair.embedding = embedding;
+        return true;
+    }
+
+    void read_others()
+    {
+        const auto* const bias = fields_.find("bias");
+        const bool biases = bias && *bias != "none";
+        for (const auto& [name, entry] : others_) {
+            const bool is_bias = biases && name.ends_with(".bias");
+            const bool is_copy = name.ends_with(peft_base_weight)
+                && pairs_.contains(name.substr(0, name.size() - peft_base_weight.size()));
+            if (!is_bias && !is_copy
+                && !(options_.whole_modules
+                    && (belongs_to_saved_module(name, adapter_.config) || name.ends_with(".weight")))) {
+                raise<format_error>(error_code::adapter_unsupported,
+                    message("tensor '", entry->name,
+                        "' is neither a factor nor a bias that the configuration announces: this adapter is more than "
+                        "a low-rank update; ask for whole weights to be carried along (",
+                        options_.whole_modules_word, "), or remove it"),
+                    model_file_);
+            }
+            adapter_.others.emplace(name, carried_tensor(*file_, *entry));
+        }
+    }
+
+    void read_updates()
+    {
+        const auto ordered = configuration_.ordered();
+        peft_patterns ranks(ordered, "rank_pattern", config_file_), alphas(ordered, "alpha_pattern", config_file_);
+        const double rank = fields_.number("r", 8), alpha = fields_.number("lora_alpha", 8);
+        const bool root = fields_.flag("use_rslora");
+        for (const auto& [module, pair] : pairs_) {
+            auto update = read_pair(module, pair);
+            const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
+            if (static_cast<double>(update.rank()) != expected) {
+                refuse("module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected);
+            }
+            if (update.rank() == 0) { refuse("module '", module, "' has rank 0"); }
+            check_copy(module, update);
+            update.scaling = root ? strength / std::sqrt(expected) : strength / expected;
+            check_update(update, module);
+            if (pair.embedding) { adapter_.embeddings.insert(module); }
+            adapter_.stored.emplace(module, wider(pair.a->dtype, pair.b->dtype));
+            adapter_.updates.emplace(module, std::move(update));
+        }
+        ranks.check_used("rank_pattern", config_file_);
+        alphas.check_used("alpha_pattern", config_file_);
+    }
+    [[nodiscard]] lora_update<T> read_pair(const std::string& module, const halves& pair) const
+    {
+        if (!pair.a || !pair.b) {
+            refuse("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A",
+                ": half of its update is missing");
+        }
+        lora_update<T> update{read_factor<T>(*file_, *pair.b), read_factor<T>(*file_, *pair.a), 1};
+        if (update.b.cols() != update.a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", model_file_, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(),
+                    " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        }
+        return update;
+    }
+    /// The copy of a module's base weight has the shape of its update, whichever way it lies.
+    void check_copy(const std::string& module, const lora_update<T>& update) const
+    {
+        const auto copy = others_.find(module + std::string(peft_base_weight));
+        if (copy == others_.end()) { return; }
+        const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
+        const auto& shape = copy->second->shape;
+        if (shape == extents{out, in} || shape == extents{in, out}) { return; }
+        refuse("tensor '", copy->second->name, "' has shape ", to_string(shape), ", but the update of its module is ",
+            out, "×", in);
+    }
+
+    /// Leaves out what PEFT leaves out, with a note.
+    void leave_out()
+    {
+        std::vector<std::string> modules;
+        for (const auto& one : pairs_) { modules.push_back(one.first); }
+        const auto out = modules_left_out(adapter_.config, config_file_, modules,
+            [&](const std::string& module) { return is_tied_head(adapter_.config, module); });
+        if (!out.empty()) { adapter_.notes.push_back(left_out_words("'" + adapter_.label + "'", out, modules.size())); }
+        for (const auto& module : out) {
+            adapter_.updates.erase(module);
+            adapter_.stored.erase(module);
+            adapter_.embeddings.erase(module);
+            adapter_.others.erase(module + std::string(peft_base_weight));
+        }
+        if (adapter_.updates.empty()) {
+            refuse("holds factors of no module that ", peft_config_name, " does not leave out");
+        }
+    }
+
+    const peft_read_options& options_;
+    std::string config_file_, model_file_;
+    peft_config_file configuration_;
+    peft_fields fields_;
+    std::optional<safetensors_file> file_{};
+    std::map<std::string, halves> pairs_{}; ///< by module
+    std::map<std::string, const safetensors_entry*> others_{}; ///< by name
+    peft_adapter<T> adapter_{};
+};
+
+} // namespace detail
 
 /// Reads an adapter directory that PEFT (or write_peft) wrote. Modules that the configuration leaves out are left out,
 /// as in PEFT, with a note. The scaling of a module is α/r, or α/√r with use_rslora,
@@ -14346,14 +14578,16 @@ template <class T>
 #if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP)
 #define TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
 // Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers, MLX and llama.cpp, told apart
-// by what they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+// by what they hold, read into one form that folds into a base.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/formats/adapter_gguf.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP)
 #define TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP
 // Adapters as llama.cpp loads them: GGUF files with a pair lora_a, lora_b for each weight, in its names and its order
-// of rows. SPDX-License-Identifier: Apache-2.0
+// of rows.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <cmath>
@@ -14820,6 +15054,7 @@ public:
             const auto found = role_of(prefixed ? without_prefix(entry) : std::string_view(entry.name));
             if (found.role == role::ignored) { continue; }
             check_known(found, entry);
+            check_gathered(entry);
             check_dialect(found, entry);
             check_adapter(found);
             put(found, entry);
@@ -14836,10 +15071,18 @@ private:
     {
         const std::string_view name = entry.name;
         if (!name.starts_with(peft_prefix)) {
+            const bool kohya = !kohya_component_of(name).prefix.empty();
             refuse_(error_code::adapter_tensors, "tensor '", name, "' does not begin with '", peft_prefix,
-                "' as others of it do");
+                "' as others of it do",
+                kohya ? ", which are PEFT's: this one is kohya's, and an adapter has names of one dialect" : "");
         }
         return name.substr(peft_prefix.size());
+    }
+    void check_gathered(const safetensors_entry& entry) const
+    {
+        if (entry.shape == extents{0}) {
+            refuse_(error_code::adapter_tensors, "tensor '", entry.name, "' ", not_gathered);
+        }
     }
     void check_known(const adapter_role& found, const safetensors_entry& entry) const
     {
@@ -16145,9 +16388,12 @@ private:
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_READER_HPP
 
+#include <algorithm>
 #include <filesystem>
+#include <string>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -16160,6 +16406,19 @@ namespace taskvec::inline TASKVEC_ABI {
     for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
              std::string_view("adapters.safetensors"), peft_pickle_name}) {
         if (std::filesystem::exists(path / name, ignored)) { return path / name; }
+    }
+    std::vector<std::string> named; // as PEFT saves adapters that have names
+    for (const auto& entry : std::filesystem::directory_iterator(path, ignored)) {
+        if (std::filesystem::exists(entry.path() / peft_config_name, ignored)) {
+            named.push_back(entry.path().filename().string());
+        }
+    }
+    if (!named.empty()) {
+        std::sort(named.begin(), named.end());
+        raise<io_error>(error_code::model_not_found,
+            message("holds no adapter, but ", detail::quoted_list(named),
+                named.size() > 1 ? " in it do: name one of them" : " in it does: name that"),
+            path.string());
     }
     raise<io_error>(error_code::model_not_found,
         message("holds no adapter: expected ", peft_model_name,
@@ -16190,15 +16449,21 @@ template <arithmetic_element T = float>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
 
+// ---- taskvec/formats/dialect_writers.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_DIALECT_WRITERS_HPP)
+#define TASKVEC_SINGLE_FORMATS_DIALECT_WRITERS_HPP
+// What each dialect of adapters writes of a module, and beside all of them: converted_adapter() puts them together.
+// SPDX-License-Identifier: Apache-2.0
+
+
 #include <algorithm>
 #include <cmath>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <string>
@@ -16219,11 +16484,6 @@ struct adapter_write_options {
     std::string task_type{}; ///< of PEFT: "CAUSAL_LM", …; empty: what the adapter says
 };
 
-/// Something of an adapter that a dialect has no place for.
-struct adapter_loss {
-    std::string what{}, why{}; ///< "module 'x'" and "it is an embedding", say
-};
-
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
 /// none).
 struct written_adapter {
@@ -16238,6 +16498,7 @@ struct written_adapter {
 
 namespace detail {
 
+/// Adds tensors to a written adapter.
 class adapter_writer {
 public:
     adapter_writer(written_adapter& out, overflow how)
@@ -16283,41 +16544,6 @@ private:
     written_adapter& out_;
     overflow how_;
 };
-
-/// Throws nonfinite_error, by the names that the adapter's own file has where it is PEFT's, for a factor with NaN or
-/// infinity.
-template <arithmetic_element T>
-void check_finite_factors(const adapter_contents<T>& adapter)
-{
-    for (const auto& one : adapter.modules) {
-        const auto& module = one.first;
-        const auto& made = one.second;
-        const auto check = [&](std::size_t rows, std::size_t cols, std::string_view what, std::string_view in_peft,
-                               const auto& value) {
-            for (std::size_t i = 0; i < rows * cols; ++i) {
-                const auto found = static_cast<double>(value(i / cols, i % cols));
-                if (std::isfinite(found)) { continue; }
-                const bool own = adapter.dialect == adapter_dialect::peft && made.kind != "LoHa" && made.kind != "LoKr";
-                raise<nonfinite_error>(error_code::not_finite,
-                    message(own ? message("tensor '", peft_prefix, module, in_peft, "'")
-                                : message("module '", module, "': ", what),
-                        " of ", adapter.label, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", i,
-                        ": repair the adapter, or let it propagate (overflow)"));
-            }
-        };
-        const auto entry_of = [](const auto& factor) {
-            return [&factor](std::size_t i, std::size_t j) { return factor(i, j); };
-        };
-        const auto &a = made.update.a, &b = made.update.b;
-        check(a.rows(), a.cols(), "its factor A", made.embedding ? ".lora_embedding_A" : ".lora_A.weight", entry_of(a));
-        check(b.rows(), b.cols(), "its factor B", made.embedding ? ".lora_embedding_B" : ".lora_B.weight", entry_of(b));
-        check(1, made.magnitude.size(), "its magnitude", ".lora_magnitude_vector",
-            [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
-        if (made.bias.rank() > 0) {
-            check(made.bias.a.rows(), made.bias.a.cols(), "its bias", ".lora_B.bias", entry_of(made.bias.a));
-        }
-    }
-}
 
 /// Whether a module is called as kohya calls them, dots being underscores.
 [[nodiscard]] inline bool is_kohya_name(std::string_view module) noexcept
@@ -16379,6 +16605,387 @@ void check_finite_factors(const adapter_contents<T>& adapter)
     }
     std::replace(module.begin(), module.end(), '.', '_');
     return prefix + module;
+}
+
+/// A dialect being written: add() for each module in the order of their names, then finish(). What it has no place for
+/// was refused before.
+template <arithmetic_element T>
+class dialect_writer {
+public:
+    dialect_writer(written_adapter& out, const adapter_contents<T>& adapter, const adapter_write_options& options)
+        : out_(out)
+        , adapter_(adapter)
+        , options_(options)
+        , writer_(out, options.on_overflow)
+    { }
+    dialect_writer(const dialect_writer&) = delete;
+    dialect_writer& operator=(const dialect_writer&) = delete;
+    virtual ~dialect_writer() = default;
+
+    /// Adds the tensors of a module.
+    virtual void add(const std::string& module, const adapted_module<T>& made) = 0;
+    /// Adds what stands beside the modules: whole tensors, a configuration, a header.
+    virtual void finish() = 0;
+
+protected:
+    /// A module's update as tensors.
+    struct factors {
+        const lora_update<T>& update;
+        dtype type;
+        extents a_shape, b_shape; ///< as PEFT has them
+        double left = 1; ///< of the scaling, in the up factor
+
+        [[nodiscard]] double down(std::size_t k, std::size_t i) const { return static_cast<double>(update.a(k, i)); }
+        [[nodiscard]] double up(std::size_t o, std::size_t k) const
+        {
+            return left * static_cast<double>(update.b(o, k));
+        }
+        [[nodiscard]] std::int64_t out() const { return static_cast<std::int64_t>(update.out()); }
+    };
+    [[nodiscard]] factors factors_of(const std::string& module, const adapted_module<T>& made, double left = 1) const
+    {
+        auto [a_shape, b_shape] = factor_shapes(made.update, made.kernel, module);
+        return {made.update, options_.output.value_or(made.stored), std::move(a_shape), std::move(b_shape), left};
+    }
+    void add_pair(const std::string& a_name, const std::string& b_name, const factors& x)
+    {
+        writer_.add(a_name, x.type, x.a_shape, x.update.rank(), x.update.in(),
+            [&](std::size_t k, std::size_t i) { return x.down(k, i); });
+        writer_.add(b_name, x.type, x.b_shape, x.update.out(), x.update.rank(),
+            [&](std::size_t o, std::size_t k) { return x.up(o, k); });
+    }
+    /// DoRA's, where the module has some.
+    void add_magnitude(const std::string& name, extents shape, const adapted_module<T>& made, const factors& x)
+    {
+        if (made.magnitude.empty()) { return; }
+        writer_.add(name, x.type, std::move(shape), 1, x.update.out(),
+            [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+        rescaled_ = true;
+    }
+    /// The shape of PEFT's magnitudes: 1×out×1×1 for a convolution.
+    [[nodiscard]] static extents magnitude_shape(const adapted_module<T>& made)
+    {
+        const auto out = static_cast<std::int64_t>(made.update.out());
+        if (made.kernel.empty()) { return {out}; }
+        extents shape(2 + made.kernel.size(), 1);
+        shape[1] = out;
+        return shape;
+    }
+    [[nodiscard]] std::string base_name() const
+    {
+        if (!options_.base_name.empty()) { return options_.base_name; }
+        const bool from_mlx = adapter_.dialect == adapter_dialect::mlx;
+        return text_under(adapter_.config, from_mlx ? "model" : "base_model_name_or_path");
+    }
+
+    written_adapter& out_;
+    const adapter_contents<T>& adapter_;
+    const adapter_write_options& options_;
+    adapter_writer writer_;
+    bool rescaled_ = false; ///< some module has magnitudes
+};
+
+template <arithmetic_element T>
+class peft_dialect_writer final : public dialect_writer<T> {
+public:
+    using dialect_writer<T>::dialect_writer;
+
+    void add(const std::string& module, const adapted_module<T>& made) override
+    {
+        const auto x = this->factors_of(module, made);
+        const std::string stem = std::string(peft_prefix) + module;
+        if (made.embedding) { this->add_pair(stem + ".lora_embedding_A", stem + ".lora_embedding_B", x); }
+        else {
+            this->add_pair(stem + ".lora_A.weight", stem + ".lora_B.weight", x);
+        }
+        this->add_magnitude(stem + ".lora_magnitude_vector", this->magnitude_shape(made), made, x);
+        if (made.bias.rank() > 0) {
+            this->writer_.add(stem + ".lora_B.bias", x.type, {x.out()}, 1, x.update.out(),
+                [&](std::size_t, std::size_t o) { return static_cast<double>(made.bias.a(0, o)); });
+            biased_ = true;
+        }
+        for_config_.updates.emplace(module, made.update);
+    }
+    void finish() override
+    {
+        const auto& adapter = this->adapter_;
+        for (const auto& [name, tensor] : adapter.wholes) {
+            // The bias of an adapted layer is that of the layer that PEFT has put within it.
+            const auto module = name.substr(0, std::min(name.rfind('.'), name.size()));
+            const bool within = name.ends_with(".bias") && adapter.modules.contains(module);
+            this->writer_.add(
+                std::string(peft_prefix) + (within ? module + std::string(peft_base_bias) : name), tensor);
+        }
+        if (adapter.dialect == adapter_dialect::peft && peft_type_of(adapter.config) == "LORA") {
+            for_config_.config = adapter.config;
+        }
+        else if (adapter.dialect == adapter_dialect::peft) { // of another kind: what both have
+            for (const char* field : {"auto_mapping", "modules_to_save", "revision", "task_type"}) {
+                if (adapter.config.contains(field)) { for_config_.config[field] = adapter.config[field]; }
+            }
+        }
+        if (const auto name = this->base_name(); !name.empty()) {
+            for_config_.config["base_model_name_or_path"] = name;
+        }
+        if (!this->options_.task_type.empty()) { for_config_.config["task_type"] = this->options_.task_type; }
+        auto config = peft_config(for_config_);
+        config["fan_in_fan_out"] = adapter.fan_in_fan_out;
+        if (adapter.tied) { config["ensure_weight_tying"] = true; }
+        config["use_dora"] = this->rescaled_;
+        config["lora_bias"] = biased_;
+        this->out_.config = config.dump(2) + "\n";
+        this->out_.file_name = std::string(peft_model_name);
+    }
+
+private:
+    peft_adapter<T> for_config_;
+    bool biased_ = false;
+};
+
+template <arithmetic_element T>
+class kohya_dialect_writer final : public dialect_writer<T> {
+public:
+    kohya_dialect_writer(written_adapter& out, const adapter_contents<T>& adapter, const adapter_write_options& options)
+        : dialect_writer<T>(out, adapter, options)
+        , several_encoders_(std::any_of(adapter.modules.begin(), adapter.modules.end(), [](const auto& one) {
+            return one.first.starts_with("text_encoder_2.") || one.first.starts_with("text_encoder_3.");
+        }))
+    { }
+
+    void add(const std::string& module, const adapted_module<T>& made) override
+    {
+        const auto x = this->factors_of(module, made);
+        const std::string stem = kohya_name(module, several_encoders_);
+        this->add_pair(stem + ".lora_down.weight", stem + ".lora_up.weight", x);
+        this->writer_.add(stem + ".alpha", dtype::f32, {}, 1, 1,
+            [&](std::size_t, std::size_t) { return x.update.scaling * static_cast<double>(x.update.rank()); });
+        extents shape(2 + made.kernel.size(), 1);
+        shape[0] = x.out();
+        this->add_magnitude(stem + ".dora_scale", shape, made, x);
+    }
+    void finish() override { }
+
+private:
+    bool several_encoders_;
+};
+
+template <arithmetic_element T>
+class diffusers_dialect_writer final : public dialect_writer<T> {
+public:
+    using dialect_writer<T>::dialect_writer;
+
+    void add(const std::string& module, const adapted_module<T>& made) override
+    {
+        const auto x = this->factors_of(module, made, made.update.scaling);
+        const std::string stem = diffusers_name(module);
+        const std::string component(component_of(stem));
+        const std::string word = component.starts_with("text_encoder") ? ".lora_linear_layer" : ".lora";
+        this->add_pair(stem + word + ".down.weight", stem + word + ".up.weight", x);
+        this->add_magnitude(stem + ".lora_magnitude_vector", this->magnitude_shape(made), made, x);
+        auto& part = components_[component];
+        part.config["use_dora"] = !made.magnitude.empty();
+        auto plain = made.update;
+        plain.scaling = 1;
+        part.updates.emplace(name_in_component(stem), std::move(plain));
+    }
+    void finish() override
+    {
+        this->out_.file_name = "pytorch_lora_weights.safetensors";
+        nlohmann::json kept = nlohmann::json::object();
+        for (const auto& [component, part] : components_) {
+            const auto config = peft_config(part);
+            for (const auto& [field, value] : config.items()) { kept[component + "." + field] = value; }
+        }
+        this->out_.metadata[diffusers_metadata_key] = kept.dump(2);
+    }
+
+private:
+    std::map<std::string, peft_adapter<T>> components_;
+};
+
+/// One rank and one scale for all modules: smaller ranks are filled up with zeros, and what is left of other scalings
+/// is in the up factors.
+template <arithmetic_element T>
+class mlx_dialect_writer final : public dialect_writer<T> {
+public:
+    mlx_dialect_writer(written_adapter& out, const adapter_contents<T>& adapter, const adapter_write_options& options)
+        : dialect_writer<T>(out, adapter, options)
+        , scale_(adapter.modules.begin()->second.update.scaling)
+    {
+        if (scale_ == 0) { scale_ = 1; }
+        for (const auto& [module, made] : adapter.modules) { rank_ = std::max(rank_, made.update.rank()); }
+    }
+
+    void add(const std::string& module, const adapted_module<T>& made) override
+    {
+        const auto& update = made.update;
+        const auto x =
+            this->factors_of(module, made, same_scaling(update.scaling, scale_) ? 1 : update.scaling / scale_);
+        // Of an embedding `in` is its entries, and both lie as a linear layer's; `out` is where it is rescaled by
+        // entry.
+        const bool by_entry = is_rescaled_by_entry(this->adapter_, module, made);
+        const auto rank = static_cast<std::int64_t>(rank_);
+        const auto down = [&](std::size_t k, std::size_t i) { return k < update.rank() ? x.down(k, i) : 0; };
+        const auto up = [&](std::size_t k, std::size_t o) { return k < update.rank() ? x.up(o, k) : 0; };
+        const auto add_factors = [&](std::int64_t in, const auto& first, std::int64_t out, const auto& second) {
+            this->writer_.add(module + ".lora_a", x.type, {in, rank}, static_cast<std::size_t>(in), rank_,
+                [&](std::size_t i, std::size_t k) { return first(k, i); });
+            this->writer_.add(module + ".lora_b", x.type, {rank, out}, rank_, static_cast<std::size_t>(out), second);
+        };
+        if (by_entry) { add_factors(x.out(), up, x.a_shape[1], down); }
+        else {
+            add_factors(x.a_shape[1], down, x.out(), up);
+        }
+        this->add_magnitude(module + ".m", {x.out()}, made, x);
+        keys_.insert(std::string(place_in_layers(module).within));
+    }
+    void finish() override
+    {
+        nlohmann::json config{{"fine_tune_type", this->rescaled_ ? "dora" : "lora"}, {"num_layers", -1},
+            {"lora_parameters", {{"rank", rank_}, {"scale", scale_}, {"dropout", 0.0}, {"keys", keys_}}}};
+        if (const auto name = this->base_name(); !name.empty()) { config["model"] = name; }
+        this->out_.config = config.dump(2) + "\n";
+        this->out_.file_name = "adapters.safetensors";
+    }
+
+private:
+    double scale_;
+    std::size_t rank_ = 0;
+    std::set<std::string> keys_;
+};
+
+/// llama.cpp's names and order of rows, and one α for all modules.
+template <arithmetic_element T>
+class gguf_dialect_writer final : public dialect_writer<T> {
+public:
+    gguf_dialect_writer(written_adapter& out, const adapter_contents<T>& adapter, const adapter_write_options& options)
+        : dialect_writer<T>(out, adapter, options)
+        , target_(options.target.architecture.empty() ? adapter.target : options.target)
+    {
+        const auto& leading = adapter.modules.begin()->second.update;
+        alpha_ = static_cast<float>(leading.scaling * static_cast<double>(leading.rank()));
+        if (alpha_ == 0 || !std::isfinite(alpha_)) { alpha_ = 1; } // 0 is a scaling of 1 to llama.cpp
+    }
+
+    void add(const std::string& module, const adapted_module<T>& made) override
+    {
+        const auto& update = made.update;
+        double left = update.scaling * static_cast<double>(update.rank()) / alpha_;
+        if (std::abs(left - 1) <= 0x1p-23) { left = 1; } // α is an f32
+        const auto x = this->factors_of(module, made, left);
+        const std::string tensor = gguf_tensor_name(module, target_);
+        std::size_t heads = 0;
+        if (target_.pairs_rows() && !made.paired_rows) {
+            heads = module.ends_with(".q_proj") ? target_.heads : module.ends_with(".k_proj") ? target_.kv_heads : 0;
+        }
+        if (made.embedding) { // entries×rank
+            this->writer_.add(tensor + ".lora_a", x.type, {x.a_shape[1], static_cast<std::int64_t>(update.rank())},
+                update.in(), update.rank(), [&](std::size_t i, std::size_t k) { return x.down(k, i); });
+        }
+        else {
+            this->writer_.add(tensor + ".lora_a", x.type, x.a_shape, update.rank(), update.in(),
+                [&](std::size_t k, std::size_t i) { return x.down(k, i); });
+        }
+        this->writer_.add(tensor + ".lora_b", x.type, x.b_shape, update.out(), update.rank(),
+            [&](std::size_t o, std::size_t k) { return x.up(heads == 0 ? o : paired_row(o, update.out(), heads), k); });
+    }
+    void finish() override
+    {
+        const auto& specs = this->out_.specs;
+        const auto of_type = [&](dtype type) {
+            return std::count_if(specs.begin(), specs.end(), [&](const auto& x) { return x.dtype == type; });
+        };
+        const auto f16 = of_type(dtype::f16), bf16 = of_type(dtype::bf16);
+        std::map<std::string, gguf_value> metadata{{"general.architecture", target_.architecture},
+            {"general.type", std::string("adapter")}, {"adapter.type", std::string("lora")},
+            {"adapter.lora.alpha", alpha_},
+            {"general.file_type",
+                std::uint64_t{f16 > bf16 ? 1u
+                        : bf16 > 0       ? 32u
+                                         : 0u}}};
+        if (target_.pairs_rows() && target_.heads > 0) {
+            metadata[target_.architecture + ".attention.head_count"] = std::uint64_t{target_.heads};
+            metadata[target_.architecture + ".attention.head_count_kv"] = std::uint64_t{target_.kv_heads};
+        }
+        this->out_.whole = gguf_bytes(metadata, specs, this->out_.bytes);
+    }
+
+private:
+    const gguf_target& target_;
+    double alpha_ = 1;
+};
+
+template <arithmetic_element T>
+[[nodiscard]] std::unique_ptr<dialect_writer<T>> writer_of(written_adapter& out, const adapter_contents<T>& adapter,
+    adapter_dialect dialect, const adapter_write_options& options)
+{
+    switch (dialect) {
+    case adapter_dialect::peft: return std::make_unique<peft_dialect_writer<T>>(out, adapter, options);
+    case adapter_dialect::kohya: return std::make_unique<kohya_dialect_writer<T>>(out, adapter, options);
+    case adapter_dialect::diffusers: return std::make_unique<diffusers_dialect_writer<T>>(out, adapter, options);
+    case adapter_dialect::gguf: return std::make_unique<gguf_dialect_writer<T>>(out, adapter, options);
+    default: return std::make_unique<mlx_dialect_writer<T>>(out, adapter, options);
+    }
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_DIALECT_WRITERS_HPP
+
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <filesystem>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Something of an adapter that a dialect has no place for.
+struct adapter_loss {
+    std::string what{}, why{}; ///< "module 'x'" and "it is an embedding", say
+};
+
+namespace detail {
+
+/// Throws nonfinite_error, by the names that the adapter's own file has where it is PEFT's, for a factor with NaN or
+/// infinity.
+template <arithmetic_element T>
+void check_finite_factors(const adapter_contents<T>& adapter)
+{
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
+        const auto check = [&](std::size_t rows, std::size_t cols, std::string_view what, std::string_view in_peft,
+                               const auto& value) {
+            for (std::size_t i = 0; i < rows * cols; ++i) {
+                const auto found = static_cast<double>(value(i / cols, i % cols));
+                if (std::isfinite(found)) { continue; }
+                const bool own = adapter.dialect == adapter_dialect::peft && made.kind != "LoHa" && made.kind != "LoKr";
+                raise<nonfinite_error>(error_code::not_finite,
+                    message(own ? message("tensor '", peft_prefix, module, in_peft, "'")
+                                : message("module '", module, "': ", what),
+                        " of ", adapter.label, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", i,
+                        ": repair the adapter, or let it propagate (overflow)"));
+            }
+        };
+        const auto entry_of = [](const auto& factor) {
+            return [&factor](std::size_t i, std::size_t j) { return factor(i, j); };
+        };
+        const auto &a = made.update.a, &b = made.update.b;
+        check(a.rows(), a.cols(), "its factor A", made.embedding ? ".lora_embedding_A" : ".lora_A.weight", entry_of(a));
+        check(b.rows(), b.cols(), "its factor B", made.embedding ? ".lora_embedding_B" : ".lora_B.weight", entry_of(b));
+        check(1, made.magnitude.size(), "its magnitude", ".lora_magnitude_vector",
+            [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+        if (made.bias.rank() > 0) {
+            check(made.bias.a.rows(), made.bias.a.cols(), "its bias", ".lora_B.bias", entry_of(made.bias.a));
+        }
+    }
 }
 
 } // namespace detail
@@ -16530,199 +17137,9 @@ template <arithmetic_element T>
             adapter.label);
     }
     written_adapter out;
-    detail::adapter_writer writer(out, options.on_overflow);
-    const bool is_peft = dialect == adapter_dialect::peft;
-    const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(), [](const auto& one) {
-        return one.first.starts_with("text_encoder_2.") || one.first.starts_with("text_encoder_3.");
-    });
-    const auto& leading = adapter.modules.begin()->second.update;
-    double mlx_scale = 1;
-    std::size_t mlx_rank = 0;
-    if (dialect == adapter_dialect::mlx) {
-        mlx_scale = leading.scaling;
-        for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
-        if (mlx_scale == 0) { mlx_scale = 1; }
-    }
-    const gguf_target& target = options.target.architecture.empty() ? adapter.target : options.target;
-    double gguf_alpha = static_cast<float>(leading.scaling * static_cast<double>(leading.rank()));
-    if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
-    peft_adapter<T> for_config;
-    std::map<std::string, peft_adapter<T>> components; // of diffusers
-    std::set<std::string> mlx_keys;
-    bool dora = false, biased = false;
-    for (const auto& one : adapter.modules) {
-        const auto& module = one.first;
-        const auto& made = one.second;
-        const auto& update = made.update;
-        const dtype type = options.output.value_or(made.stored);
-        const auto rank = static_cast<std::int64_t>(update.rank()), out_size = static_cast<std::int64_t>(update.out());
-        const auto shapes = factor_shapes(update, made.kernel, module);
-        const extents &a_shape = shapes.first, &b_shape = shapes.second;
-        double left = 1; // of the scaling, in the up factor
-        if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
-        if (dialect == adapter_dialect::mlx) {
-            left = same_scaling(update.scaling, mlx_scale) ? 1 : update.scaling / mlx_scale;
-        }
-        const auto down = [&](std::size_t k, std::size_t i) { return static_cast<double>(update.a(k, i)); };
-        const auto up = [&](std::size_t o, std::size_t k) { return left * static_cast<double>(update.b(o, k)); };
-        const auto add_pair = [&](const std::string& a_name, const std::string& b_name) {
-            writer.add(a_name, type, a_shape, update.rank(), update.in(), down);
-            writer.add(b_name, type, b_shape, update.out(), update.rank(), up);
-        };
-        const auto add_magnitude = [&](const std::string& name, extents shape) {
-            if (made.magnitude.empty()) { return; }
-            writer.add(name, type, std::move(shape), 1, update.out(),
-                [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
-            dora = true;
-        };
-        extents as_peft{out_size}; // the shape of its magnitudes: 1×out×1×1 for a convolution
-        if (!made.kernel.empty()) {
-            as_peft.assign(2 + made.kernel.size(), 1);
-            as_peft[1] = out_size;
-        }
-        switch (dialect) {
-        case adapter_dialect::peft: {
-            const std::string stem = std::string(peft_prefix) + module;
-            if (made.embedding) { add_pair(stem + ".lora_embedding_A", stem + ".lora_embedding_B"); }
-            else {
-                add_pair(stem + ".lora_A.weight", stem + ".lora_B.weight");
-            }
-            add_magnitude(stem + ".lora_magnitude_vector", as_peft);
-            if (made.bias.rank() > 0) {
-                writer.add(stem + ".lora_B.bias", type, {out_size}, 1, update.out(),
-                    [&](std::size_t, std::size_t o) { return static_cast<double>(made.bias.a(0, o)); });
-                biased = true;
-            }
-            for_config.updates.emplace(module, update);
-            break;
-        }
-        case adapter_dialect::kohya: {
-            const std::string stem = detail::kohya_name(module, several);
-            add_pair(stem + ".lora_down.weight", stem + ".lora_up.weight");
-            writer.add(stem + ".alpha", dtype::f32, {}, 1, 1,
-                [&](std::size_t, std::size_t) { return update.scaling * static_cast<double>(update.rank()); });
-            extents shape(2 + made.kernel.size(), 1);
-            shape[0] = out_size;
-            add_magnitude(stem + ".dora_scale", shape);
-            break;
-        }
-        case adapter_dialect::diffusers: {
-            const std::string stem = detail::diffusers_name(module);
-            const std::string component(detail::component_of(stem));
-            const std::string word = component.starts_with("text_encoder") ? ".lora_linear_layer" : ".lora";
-            add_pair(stem + word + ".down.weight", stem + word + ".up.weight");
-            add_magnitude(stem + ".lora_magnitude_vector", as_peft);
-            auto& part = components[component];
-            part.config["use_dora"] = !made.magnitude.empty();
-            auto plain = update;
-            plain.scaling = 1;
-            part.updates.emplace(detail::name_in_component(stem), std::move(plain));
-            break;
-        }
-        case adapter_dialect::gguf: {
-            const std::string tensor = gguf_tensor_name(module, target);
-            left = update.scaling * static_cast<double>(update.rank()) / gguf_alpha;
-            if (std::abs(left - 1) <= 0x1p-23) { left = 1; } // α is an f32
-            std::size_t heads = 0;
-            if (target.pairs_rows() && !made.paired_rows) {
-                heads = module.ends_with(".q_proj") ? target.heads : module.ends_with(".k_proj") ? target.kv_heads : 0;
-            }
-            if (made.embedding) { // entries×rank
-                writer.add(tensor + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
-                    [&](std::size_t i, std::size_t k) { return down(k, i); });
-            }
-            else {
-                writer.add(tensor + ".lora_a", type, a_shape, update.rank(), update.in(), down);
-            }
-            writer.add(
-                tensor + ".lora_b", type, b_shape, update.out(), update.rank(), [&](std::size_t o, std::size_t k) {
-                    return up(heads == 0 ? o : paired_row(o, update.out(), heads), k);
-                });
-            break;
-        }
-        default: { // of an embedding `in` is its entries, and both lie as a linear layer's
-            const auto all = static_cast<std::int64_t>(mlx_rank);
-            if (detail::is_rescaled_by_entry(adapter, module, made)) { // which `out` is
-                writer.add(module + ".lora_a", type, {out_size, all}, update.out(), mlx_rank,
-                    [&](std::size_t o, std::size_t k) { return k < update.rank() ? up(o, k) : 0; });
-                writer.add(module + ".lora_b", type, {all, a_shape[1]}, mlx_rank, update.in(),
-                    [&](std::size_t k, std::size_t i) { return k < update.rank() ? down(k, i) : 0; });
-                add_magnitude(module + ".m", {out_size});
-                mlx_keys.insert(std::string(detail::place_in_layers(module).within));
-                break;
-            }
-            writer.add(module + ".lora_a", type, {a_shape[1], all}, update.in(), mlx_rank,
-                [&](std::size_t i, std::size_t k) { return k < update.rank() ? down(k, i) : 0; });
-            writer.add(module + ".lora_b", type, {all, out_size}, mlx_rank, update.out(),
-                [&](std::size_t k, std::size_t o) { return k < update.rank() ? up(o, k) : 0; });
-            add_magnitude(module + ".m", {out_size});
-            mlx_keys.insert(std::string(detail::place_in_layers(module).within));
-        }
-        }
-    }
-    const auto given = [&](const char* field) { return text_under(adapter.config, field); };
-    const bool from_mlx = adapter.dialect == adapter_dialect::mlx;
-    const std::string base_name =
-        options.base_name.empty() ? given(from_mlx ? "model" : "base_model_name_or_path") : options.base_name;
-    if (is_peft) {
-        for (const auto& [name, tensor] : adapter.wholes) {
-            // The bias of an adapted layer is that of the layer that PEFT has put within it.
-            const auto module = name.substr(0, std::min(name.rfind('.'), name.size()));
-            const bool within = name.ends_with(".bias") && adapter.modules.contains(module);
-            writer.add(std::string(peft_prefix) + (within ? module + ".base_layer.bias" : name), tensor);
-        }
-        if (adapter.dialect == adapter_dialect::peft && detail::peft_type_of(adapter.config) == "LORA") {
-            for_config.config = adapter.config;
-        }
-        else if (adapter.dialect == adapter_dialect::peft) { // of another kind: what both have
-            for (const char* field : {"auto_mapping", "modules_to_save", "revision", "task_type"}) {
-                if (adapter.config.contains(field)) { for_config.config[field] = adapter.config[field]; }
-            }
-        }
-        if (!base_name.empty()) { for_config.config["base_model_name_or_path"] = base_name; }
-        if (!options.task_type.empty()) { for_config.config["task_type"] = options.task_type; }
-        auto config = peft_config(for_config);
-        config["fan_in_fan_out"] = adapter.fan_in_fan_out;
-        if (adapter.tied) { config["ensure_weight_tying"] = true; }
-        config["use_dora"] = dora;
-        config["lora_bias"] = biased;
-        out.config = config.dump(2) + "\n";
-        out.file_name = std::string(peft_model_name);
-    }
-    else if (dialect == adapter_dialect::mlx) {
-        nlohmann::json config{{"fine_tune_type", dora ? "dora" : "lora"}, {"num_layers", -1},
-            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}, {"keys", mlx_keys}}}};
-        if (!base_name.empty()) { config["model"] = base_name; }
-        out.config = config.dump(2) + "\n";
-        out.file_name = "adapters.safetensors";
-    }
-    else if (dialect == adapter_dialect::gguf) {
-        const auto f16 = std::count_if(
-                       out.specs.begin(), out.specs.end(), [](const auto& x) { return x.dtype == dtype::f16; }),
-                   bf16 = std::count_if(
-                       out.specs.begin(), out.specs.end(), [](const auto& x) { return x.dtype == dtype::bf16; });
-        std::map<std::string, gguf_value> metadata{{"general.architecture", target.architecture},
-            {"general.type", std::string("adapter")}, {"adapter.type", std::string("lora")},
-            {"adapter.lora.alpha", gguf_alpha},
-            {"general.file_type",
-                std::uint64_t{f16 > bf16 ? 1u
-                        : bf16 > 0       ? 32u
-                                         : 0u}}};
-        if (target.pairs_rows() && target.heads > 0) {
-            metadata[target.architecture + ".attention.head_count"] = std::uint64_t{target.heads};
-            metadata[target.architecture + ".attention.head_count_kv"] = std::uint64_t{target.kv_heads};
-        }
-        out.whole = gguf_bytes(metadata, out.specs, out.bytes);
-    }
-    else if (dialect == adapter_dialect::diffusers) {
-        out.file_name = "pytorch_lora_weights.safetensors";
-        nlohmann::json kept = nlohmann::json::object();
-        for (const auto& [component, part] : components) {
-            const auto config = peft_config(part);
-            for (const auto& [field, value] : config.items()) { kept[component + "." + field] = value; }
-        }
-        out.metadata[detail::diffusers_metadata_key] = kept.dump(2);
-    }
+    const auto writer = detail::writer_of(out, adapter, dialect, options);
+    for (const auto& [module, made] : adapter.modules) { writer->add(module, made); }
+    writer->finish();
     return out;
 }
 
@@ -16801,7 +17218,8 @@ inline void write_adapter(
 #if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP)
 #define TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
 // A weight with adapters added, worked out a block at a time: what folds adapters into a base, and what makes a task of
-// an adapter that no file holds. SPDX-License-Identifier: Apache-2.0
+// an adapter that no file holds.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/core/kernels.hpp
@@ -16819,7 +17237,8 @@ inline void write_adapter(
 #if !defined(TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP)
 #define TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP
 // Instruction sets: kernels that are compiled several times, and the widest of them that the processor has, chosen at
-// run time. SPDX-License-Identifier: Apache-2.0
+// run time.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A kernel is a functor with a call operator over the bytes of a pack (core/pack.hpp). run_widest() compiles it for
 // each instruction set by target attributes, whatever flags the file is built with, and runs one: 16-byte vectors
@@ -16977,7 +17396,8 @@ void run_widest(const Kernel& kernel)
 #if !defined(TASKVEC_SINGLE_CORE_STORED_PACK_HPP)
 #define TASKVEC_SINGLE_CORE_STORED_PACK_HPP
 // Packs of stored words: how entries of a storage type become packs of its arithmetic type, and packs become stored
-// words. SPDX-License-Identifier: Apache-2.0
+// words.
+// SPDX-License-Identifier: Apache-2.0
 //
 // 16-bit types are read in words of 32 bits, two entries in each, whose halves come apart and together again by shifts
 // and masks: part 0 of such a pack holds the even entries, part 1 the odd ones.
@@ -16988,7 +17408,8 @@ void run_widest(const Kernel& kernel)
 #define TASKVEC_SINGLE_CORE_PACK_HPP
 // Packs: the few entries that a kernel's body works on at once. A vector on the CPU, a single number on a device, in
 // tails and under other compilers than g++ and clang: a body is written once, over packs, and gives the same bits with
-// any of them. SPDX-License-Identifier: Apache-2.0
+// any of them.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Every operation rounds by itself (no multiply-add is fused). Comparisons give masks, and masks choose: select(mask,
 // yes, no), where(mask, x). A body has no branches on packs: `if (x > y)` does not compile.
@@ -19877,7 +20298,7 @@ private:
             raise<nonfinite_error>(error_code::not_finite,
                 message("tensor '", tensor, "': ", what, " in ", label, " holds ",
                     std::isnan(values[i]) ? "NaN" : "infinity", " at entry ", i,
-                    "; repair the adapter or leave it out (nonfinite::propagate is for numbers of models)"));
+                    "; repair the adapter or leave it out"));
         }
     }
 
@@ -21418,6 +21839,52 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/byte_buffer.hpp
+#if !defined(TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP)
+#define TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP
+// Bytes for elements whose type is known when a program runs.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <memory_resource>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Zeroed bytes of a resource, aligned for elements of any storage type: a vector of bytes asks its resource for no
+/// alignment, and one that packs what it gives (std::pmr::monotonic_buffer_resource) then gives none.
+class byte_buffer {
+public:
+    explicit byte_buffer(std::pmr::memory_resource* memory, std::size_t size = 0)
+        : units_(units_of(size), memory)
+        , size_(size)
+    { }
+
+    [[nodiscard]] std::byte* data() noexcept { return reinterpret_cast<std::byte*>(units_.data()); }
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    void resize(std::size_t size)
+    {
+        units_.resize(units_of(size));
+        size_ = size;
+    }
+
+private:
+    struct alignas(std::max_align_t) unit {
+        std::byte bytes[alignof(std::max_align_t)];
+    };
+    [[nodiscard]] static std::size_t units_of(std::size_t size) noexcept
+    {
+        return size / sizeof(unit) + (size % sizeof(unit) == 0 ? 0 : 1);
+    }
+
+    std::pmr::vector<unit> units_;
+    std::size_t size_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP
+
 // ---- taskvec/models/stored_elements.hpp
 #if !defined(TASKVEC_SINGLE_MODELS_STORED_ELEMENTS_HPP)
 #define TASKVEC_SINGLE_MODELS_STORED_ELEMENTS_HPP
@@ -21564,7 +22031,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         if (part.source) {
             constexpr std::size_t piece = 65536;
             const std::size_t width = byte_count(part.stored, 1), size = part.size / width;
-            std::pmr::vector<std::byte> words(std::min(piece, size) * width, memory_of(policy));
+            detail::byte_buffer words(memory_of(policy), std::min(piece, size) * width);
             for (std::size_t at = 0; at < size; at += piece) {
                 const std::size_t n = std::min(piece, size - at);
                 detail::read_stored(*part.source, part.stored, part.first + at, n, words.data());

@@ -20,7 +20,8 @@
 #if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP)
 #define TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
 // A weight with adapters added, worked out a block at a time: what folds adapters into a base, and what makes a task of
-// an adapter that no file holds. SPDX-License-Identifier: Apache-2.0
+// an adapter that no file holds.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/adapters/lora.hpp
@@ -2381,7 +2382,8 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 #if !defined(TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP)
 #define TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP
 // Instruction sets: kernels that are compiled several times, and the widest of them that the processor has, chosen at
-// run time. SPDX-License-Identifier: Apache-2.0
+// run time.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A kernel is a functor with a call operator over the bytes of a pack (core/pack.hpp). run_widest() compiles it for
 // each instruction set by target attributes, whatever flags the file is built with, and runs one: 16-byte vectors
@@ -2539,7 +2541,8 @@ void run_widest(const Kernel& kernel)
 #if !defined(TASKVEC_SINGLE_CORE_STORED_PACK_HPP)
 #define TASKVEC_SINGLE_CORE_STORED_PACK_HPP
 // Packs of stored words: how entries of a storage type become packs of its arithmetic type, and packs become stored
-// words. SPDX-License-Identifier: Apache-2.0
+// words.
+// SPDX-License-Identifier: Apache-2.0
 //
 // 16-bit types are read in words of 32 bits, two entries in each, whose halves come apart and together again by shifts
 // and masks: part 0 of such a pack holds the even entries, part 1 the odd ones.
@@ -2550,7 +2553,8 @@ void run_widest(const Kernel& kernel)
 #define TASKVEC_SINGLE_CORE_PACK_HPP
 // Packs: the few entries that a kernel's body works on at once. A vector on the CPU, a single number on a device, in
 // tails and under other compilers than g++ and clang: a body is written once, over packs, and gives the same bits with
-// any of them. SPDX-License-Identifier: Apache-2.0
+// any of them.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Every operation rounds by itself (no multiply-add is fused). Comparisons give masks, and masks choose: select(mask,
 // yes, no), where(mask, x). A body has no branches on packs: `if (x > y)` does not compile.
@@ -3813,7 +3817,8 @@ inline void stream_fence() noexcept
 #if !defined(TASKVEC_SINGLE_CORE_CALLBACK_HPP)
 #define TASKVEC_SINGLE_CORE_CALLBACK_HPP
 // Functions as values: callback owns what it calls, function_ref refers to it. What std::function is for, without the
-// tenth of a second that <functional> costs in every file. SPDX-License-Identifier: Apache-2.0
+// tenth of a second that <functional> costs in every file.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <concepts>
@@ -6350,7 +6355,7 @@ private:
             raise<nonfinite_error>(error_code::not_finite,
                 message("tensor '", tensor, "': ", what, " in ", label, " holds ",
                     std::isnan(values[i]) ? "NaN" : "infinity", " at entry ", i,
-                    "; repair the adapter or leave it out (nonfinite::propagate is for numbers of models)"));
+                    "; repair the adapter or leave it out"));
         }
     }
 
@@ -6661,7 +6666,8 @@ constexpr void for_each_preset_list(Options& options, Visit&& visit)
 #if !defined(TASKVEC_SINGLE_COMPILED_LINALG_HPP)
 #define TASKVEC_SINGLE_COMPILED_LINALG_HPP
 // What taskvec::compiled compiles of linalg/, as lists: EXTERN is `extern` where the library is linked, nothing where
-// it is made. SPDX-License-Identifier: Apache-2.0
+// it is made.
+// SPDX-License-Identifier: Apache-2.0
 //
 // The headers are the same with and without the library. With TASKVEC_COMPILED defined, which linking taskvec::compiled
 // does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to
@@ -9466,6 +9472,52 @@ template <arithmetic_element T>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/byte_buffer.hpp
+#if !defined(TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP)
+#define TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP
+// Bytes for elements whose type is known when a program runs.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <memory_resource>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Zeroed bytes of a resource, aligned for elements of any storage type: a vector of bytes asks its resource for no
+/// alignment, and one that packs what it gives (std::pmr::monotonic_buffer_resource) then gives none.
+class byte_buffer {
+public:
+    explicit byte_buffer(std::pmr::memory_resource* memory, std::size_t size = 0)
+        : units_(units_of(size), memory)
+        , size_(size)
+    { }
+
+    [[nodiscard]] std::byte* data() noexcept { return reinterpret_cast<std::byte*>(units_.data()); }
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    void resize(std::size_t size)
+    {
+        units_.resize(units_of(size));
+        size_ = size;
+    }
+
+private:
+    struct alignas(std::max_align_t) unit {
+        std::byte bytes[alignof(std::max_align_t)];
+    };
+    [[nodiscard]] static std::size_t units_of(std::size_t size) noexcept
+    {
+        return size / sizeof(unit) + (size % sizeof(unit) == 0 ? 0 : 1);
+    }
+
+    std::pmr::vector<unit> units_;
+    std::size_t size_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_BYTE_BUFFER_HPP
+
 // ---- taskvec/methods/merge.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_MERGE_HPP)
 #define TASKVEC_SINGLE_METHODS_MERGE_HPP
@@ -9477,7 +9529,8 @@ template <arithmetic_element T>
 #if !defined(TASKVEC_SINGLE_COMPILED_METHODS_HPP)
 #define TASKVEC_SINGLE_COMPILED_METHODS_HPP
 // What taskvec::compiled compiles of methods/, as a list; see compiled/linalg.hpp. Each method's header declares its
-// own merges with it. SPDX-License-Identifier: Apache-2.0
+// own merges with it.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <memory>
@@ -9517,7 +9570,8 @@ std::vector<std::unique_ptr<operand_source>> merge_sources(
 #if !defined(TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP)
 #define TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
 // What the numbers of options may be, held to their tables (core/option_table.hpp): the same ranges and words as where
-// they are read from text. SPDX-License-Identifier: Apache-2.0
+// they are read from text.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <charconv>
@@ -10700,7 +10754,8 @@ template <std::derived_from<cpu_passes> Passes>
 #if !defined(TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP)
 #define TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP
 // Pieces of whole rows: what a walk goes over where a method looks at rows and
-// not at single entries. SPDX-License-Identifier: Apache-2.0
+// not at single entries.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>
@@ -10937,7 +10992,7 @@ inline void decode_through(
     const std::size_t size = tensor.source.size();
     for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
         const std::size_t n = std::min(piece, size - i * piece);
-        std::pmr::vector<std::byte> words(byte_count(type, n), memory_of(policy));
+        byte_buffer words(memory_of(policy), byte_count(type, n));
         read_stored(from, type, i * piece, n, words.data());
         out.write(tensor.output, byte_count(type, i * piece), words.data(), words.size());
         if (!meter.advance(byte_count(from.type(), n))) { raise<cancelled>(error_code::cancelled); }
@@ -11167,7 +11222,7 @@ private:
     tensor_sink* out_;
     storage_conversions conversions_;
     bool stream_;
-    std::pmr::vector<std::byte> buffer_;
+    byte_buffer buffer_;
     const aligned_tensor* tensor_ = nullptr;
     const tensor_chunk* piece_ = nullptr;
     std::byte* direct_ = nullptr;
@@ -12463,12 +12518,12 @@ private:
         const std::size_t largest = range.first < range.last ? models.chunks()[range.first].size : 0;
         struct buffers {
             std::pmr::vector<A> values;
-            std::pmr::vector<std::byte> stored;
+            detail::byte_buffer stored;
         };
         std::pmr::vector<buffers> workers(memory_of(policy));
         for (std::size_t w = worker_count(policy, range.last - range.first); w-- > 0;) {
             workers.push_back({std::pmr::vector<A>(largest, memory_of(policy)),
-                std::pmr::vector<std::byte>(direct ? 0 : largest * width, memory_of(policy))});
+                detail::byte_buffer(memory_of(policy), direct ? 0 : largest * width)});
         }
         const auto& conversion =
             detail::conversions_between<A, storage_types>.of(tensor.output_dtype, tensor.name, true);
@@ -15253,178 +15308,218 @@ private:
     int shift_ = 0;
 };
 
-} // namespace detail
-
-template <arithmetic_element T, decomposition<T> Decompose>
-adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<const lora_adapter<T>>> adapters,
-    const adapter_ties_options& options, const Decompose& decompose)
-{
-    const ties_options& how = options.ties;
-    check_options(how);
-    const std::size_t tasks = adapters.size();
-    (void)detail::adapter_weights(how.weights, tasks, 1); // how many there must be
-    const auto weights = task_weights(how.weights, tasks, how.negative_weights);
-    const auto layers = detail::shared_layers<T>(adapters);
-    std::size_t largest_rank = 0, largest_size = 0;
-    std::uint64_t elements = 0;
-    for (const auto& layer : layers) {
-        largest_rank = std::max(largest_rank, std::min(layer.out, layer.in));
-        largest_size = std::max(largest_size, layer.out * layer.in);
-        elements += layer.out * layer.in;
+/// TIES of adapters' updates, each layer formed when it is its turn: what merge_ties() does, but for the ranks.
+template <arithmetic_element T>
+class adapter_ties {
+public:
+    adapter_ties(const cpu& policy, std::span<const lora_adapter<T>> adapters, const ties_options& how)
+        : policy_(policy)
+        , how_(how)
+        , tasks_(adapters.size())
+        , layers_(shared_layers<T>(adapters))
+        , density_(how.density, how.densities, tasks_, "densities")
+        , factors_(factors(how, tasks_))
+        , products_(memory_of(policy))
+        , merged_(memory_of(policy))
+        , zeros_(block_size, T{0}, memory_of(policy))
+        , rules_(tasks_)
+    {
+        (void)kept_of(1); // throws for densities that are none
+        std::size_t largest = 0;
+        for (const auto& layer : layers_) { largest = std::max(largest, layer.out * layer.in); }
+        products_.resize(tasks_ * largest);
+        merged_.resize(largest);
     }
-    detail::check_layer_ranks(options.rank, largest_rank, "the merged adapter");
-    const task_shares density(how.density, how.densities, tasks, "densities");
-    const auto counts = [&](std::uint64_t n) {
+
+    [[nodiscard]] const std::vector<shared_layer<T>>& layers() const { return layers_; }
+
+    /// Finds what holds for all layers: thresholds over them, and, where it can matter, the majority sign.
+    void look_at_model()
+    {
+        if (how_.scope != scope::model) { return; }
+        std::uint64_t elements = 0;
+        for (const auto& layer : layers_) { elements += layer.out * layer.in; }
+        find_thresholds(elements, layers_);
+        if (!by_majority()) { return; }
+        election_tally total;
+        const auto rules = rules_;
+        for (const auto& layer : layers_) {
+            const std::size_t size = form(layer);
+            trim(size);
+            const auto tally = elect(size, zero_);
+            total.sign_sum += tally.sign_sum;
+        }
+        rules_ = rules;
+        zero_ = majority_sign(how_, total.sign_sum);
+    }
+    /// The merged update of a layer, dense; it stays until the next one. Layers come in their order.
+    [[nodiscard]] matrix_view<const T> merge(const shared_layer<T>& layer)
+    {
+        const bool alone = how_.scope == scope::tensor;
+        const std::size_t size = layer.out * layer.in;
+        if (alone) { find_thresholds(size, std::span(&layer, 1)); }
+        else {
+            form(layer);
+        }
+        trim(size);
+        const auto tally = elect(size, zero_);
+        if (alone && by_majority() && tally.unresolved > 0) {
+            if (const int settled = majority_sign(how_, tally.sign_sum); settled != zero_) {
+                (void)elect(size, settled);
+            }
+        }
+        return {merged_.data(), layer.out, layer.in, matrix_order::row_major};
+    }
+
+private:
+    /// What a task's trim keeps.
+    struct trimming {
+        bits_type<T> magnitude = 0; ///< the threshold
+        std::uint64_t left = 0; ///< how many of that magnitude may still be kept
+    };
+
+    [[nodiscard]] static std::vector<T> factors(const ties_options& how, std::size_t tasks)
+    {
+        const auto weights = task_weights(how.weights, tasks, how.negative_weights);
+        const std::vector<double> ones(tasks, 1.0);
+        election_weights factors{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
+            how.agree_when_weighted ? weights : ones};
+        if (how.combine != disjoint_merge::mean) { factors.divide.assign(tasks, 0.0); }
+        return election_factors<T>(factors);
+    }
+    [[nodiscard]] bool by_majority() const
+    {
+        return how_.zero_sign == zero_sign::majority || how_.zero_sign == zero_sign::majority_or_negative;
+    }
+    /// How many of n entries each task keeps.
+    [[nodiscard]] std::vector<std::uint64_t> kept_of(std::uint64_t n) const
+    {
         std::vector<std::uint64_t> kept;
-        for (std::size_t t = 0; t < tasks; ++t) {
-            kept.push_back(std::min(n, top_k_count(density.of(t), n) + (how.trim == trim_rule::reach_next ? 1 : 0)));
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            kept.push_back(std::min(n, top_k_count(density_.of(t), n) + (how_.trim == trim_rule::reach_next ? 1 : 0)));
         }
         return kept;
-    };
-    (void)counts(1);
-
-    const std::vector<double> ones(tasks, 1.0);
-    election_weights factors_of{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
-        how.agree_when_weighted ? weights : ones};
-    if (how.combine != disjoint_merge::mean) { factors_of.divide.assign(tasks, 0.0); }
-    const auto factors = election_factors<T>(factors_of);
-
-    std::pmr::memory_resource* const memory = memory_of(policy);
-    std::pmr::vector<T> products(tasks * largest_size, memory), merged(largest_size, memory),
-        zeros(block_size, T{0}, memory);
-    /// Forms the updates of a layer, row t of `products` for adapter t.
-    const auto form = [&](const detail::shared_layer<T>& layer) {
+    }
+    /// Forms the updates of a layer, row t of `products_` for adapter t; returns how many entries one has.
+    std::size_t form(const shared_layer<T>& layer)
+    {
         const std::size_t size = layer.out * layer.in;
-        for (std::size_t t = 0; t < tasks; ++t) {
-            T* const row = products.data() + t * size;
-            if (layer.updates[t]) {
-                densify(policy, *layer.updates[t], matrix_view<T>(row, layer.out, layer.in, matrix_order::row_major));
-            }
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            T* const row = products_.data() + t * size;
+            const matrix_view<T> update(row, layer.out, layer.in, matrix_order::row_major);
+            if (layer.updates[t]) { densify(policy_, *layer.updates[t], update); }
             else {
                 std::fill_n(row, size, T{0});
             }
-            if (!std::isfinite(
-                    squared_norm<T>(policy, matrix_view<const T>(row, layer.out, layer.in, matrix_order::row_major)))) {
-                detail::blame_nonfinite<T>(layer.updates[t]->b.view(), layer.name);
-                detail::blame_nonfinite<T>(layer.updates[t]->a.view(), layer.name);
+            if (!std::isfinite(squared_norm<T>(policy_, matrix_view<const T>(update)))) {
+                blame_nonfinite<T>(layer.updates[t]->b.view(), layer.name);
+                blame_nonfinite<T>(layer.updates[t]->a.view(), layer.name);
                 raise<nonfinite_error>(error_code::result_overflow,
                     message("'", layer.name, "': the update of adapter ", t + 1, " overflows; scale its factors down"));
             }
         }
         return size;
-    };
-    /// Zeroes what the trim drops; `left` counts the equals of the threshold that may still be kept.
-    struct trimming {
-        bits_type<T> magnitude = 0;
-        std::uint64_t left = 0;
-    };
-    const auto trim = [&](std::size_t size, std::vector<trimming>& rules) {
-        for (std::size_t t = 0; t < tasks; ++t) {
-            T* const row = products.data() + t * size;
-            top_k_threshold<T> threshold{rules[t].magnitude, size};
-            if (how.trim == trim_rule::exact) {
+    }
+    /// The thresholds of each task over `count` entries, those of these layers, of which the last one stays formed.
+    void find_thresholds(std::uint64_t count, std::span<const shared_layer<T>> layers)
+    {
+        streamed_top_k<T> search(kept_of(count), memory_of(policy_));
+        for (int digit = 0; digit < search.digits; ++digit) {
+            search.begin(digit);
+            for (const auto& layer : layers) {
+                const std::size_t size = digit == 0 || layers.size() > 1 ? form(layer) : layer.out * layer.in;
+                for_each_index(policy_, tasks_,
+                    [&](std::size_t t, std::size_t) { search.add(t, products_.data() + t * size, size); });
+            }
+            search.end();
+        }
+        for (std::size_t t = 0; t < tasks_; ++t) { rules_[t] = {search.magnitude(t), search.equal(t)}; }
+    }
+    /// Zeroes what the trim drops of the updates formed last, and counts the equals of the threshold that it keeps.
+    void trim(std::size_t size)
+    {
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            T* const row = products_.data() + t * size;
+            auto& rule = rules_[t];
+            top_k_threshold<T> threshold{rule.magnitude, size};
+            if (how_.trim == trim_rule::exact) {
                 std::uint64_t seen = 0;
                 for (std::size_t i = 0; i < size; ++i) {
-                    if (magnitude_bits(row[i]) == rules[t].magnitude && seen++ == rules[t].left) {
+                    if (magnitude_bits(row[i]) == rule.magnitude && seen++ == rule.left) {
                         threshold.equal_end = i;
                         break;
                     }
                 }
-                rules[t].left -= std::min(seen, rules[t].left);
+                rule.left -= std::min(seen, rule.left);
             }
             kernels::trim(row, size, 0, threshold);
         }
-    };
-    /// Elects and merges a layer into `merged`; `zero` is what a sum of 0 elects.
-    const auto elect = [&](std::size_t size, int zero) {
-        const std::size_t blocks = (size + block_size - 1) / block_size, workers = worker_count(policy, blocks);
-        auto tallies = detail::empty_tallies(blocks, memory);
-        std::pmr::vector<detail::merge_scratch> scratch(memory);
+    }
+    /// Elects and merges the updates formed last into `merged_`; `zero` is what a sum of 0 elects.
+    election_tally elect(std::size_t size, int zero)
+    {
+        auto* const memory = memory_of(policy_);
+        const std::size_t blocks = (size + block_size - 1) / block_size, workers = worker_count(policy_, blocks);
+        auto tallies = empty_tallies(blocks, memory);
+        std::pmr::vector<merge_scratch> scratch(memory);
         for (std::size_t w = 0; w < workers; ++w) { scratch.emplace_back(memory); }
         const sign_election_body<T, keep_all> body{
-            {}, factors.data(), how.combine, static_cast<T>(zero), static_cast<T>(how.lambda)};
-        for_each_index(policy, blocks, [&](std::size_t index, std::size_t worker) {
+            {}, factors_.data(), how_.combine, static_cast<T>(zero), static_cast<T>(how_.lambda)};
+        for_each_index(policy_, blocks, [&](std::size_t index, std::size_t worker) {
             const std::size_t first = index * block_size;
             auto& rows = scratch[worker].tasks;
-            rows.resize(tasks);
-            for (std::size_t t = 0; t < tasks; ++t) { rows[t] = products.data() + t * size + first; }
+            rows.resize(tasks_);
+            for (std::size_t t = 0; t < tasks_; ++t) { rows[t] = products_.data() + t * size + first; }
             kernels::entry_run<T> run;
-            run.base = zeros.data();
+            run.base = zeros_.data();
             run.tasks = rows.data();
-            run.task_count = tasks;
+            run.task_count = tasks_;
             run.size = std::min(block_size, size - first);
             kernels::run_findings<T> findings{&tallies[index]};
-            detail::run_body<T>(
-                body, run, scratch[worker], 0, findings, [&](std::size_t at, const T* made, std::size_t n) {
-                    std::copy_n(made, n, merged.data() + first + at);
-                });
+            run_body<T>(body, run, scratch[worker], 0, findings, [&](std::size_t at, const T* made, std::size_t n) {
+                std::copy_n(made, n, merged_.data() + first + at);
+            });
         });
-        detail::election_tally total;
+        election_tally total;
         for (const auto& tally : tallies) {
             total.sign_sum += static_cast<std::int64_t>(
                 tally.counts[election_counts::positive] - tally.counts[election_counts::negative]);
             total.unresolved += tally.counts[election_counts::unresolved];
         }
         return total;
-    };
-    const bool by_majority = how.zero_sign == zero_sign::majority || how.zero_sign == zero_sign::majority_or_negative;
-    const auto settled = [&](std::int64_t sum) { return detail::majority_sign(how, sum); };
-    const int provisional = how.zero_sign == zero_sign::none ? 0 : 1;
-
-    // Thresholds over all layers, and then, where it can matter, the majority sign.
-    std::vector<trimming> rules(tasks);
-    int model_zero = provisional;
-    if (how.scope == scope::model) {
-        detail::streamed_top_k<T> search(counts(elements), memory);
-        for (int digit = 0; digit < search.digits; ++digit) {
-            search.begin(digit);
-            for (const auto& layer : layers) {
-                const std::size_t size = form(layer);
-                for_each_index(policy, tasks,
-                    [&](std::size_t t, std::size_t) { search.add(t, products.data() + t * size, size); });
-            }
-            search.end();
-        }
-        for (std::size_t t = 0; t < tasks; ++t) { rules[t] = {search.magnitude(t), search.equal(t)}; }
-        if (by_majority) {
-            detail::election_tally total;
-            auto walking = rules;
-            for (const auto& layer : layers) {
-                const std::size_t size = form(layer);
-                trim(size, walking);
-                const auto tally = elect(size, provisional);
-                total.sign_sum += tally.sign_sum;
-                total.unresolved += tally.unresolved;
-            }
-            model_zero = settled(total.sign_sum);
-        }
     }
 
+    const cpu& policy_;
+    const ties_options& how_;
+    std::size_t tasks_;
+    std::vector<shared_layer<T>> layers_;
+    task_shares density_;
+    std::vector<T> factors_; ///< of the election
+    std::pmr::vector<T> products_, merged_, zeros_;
+    std::vector<trimming> rules_; ///< of the layer that comes next
+    int zero_ = how_.zero_sign == zero_sign::none ? 0 : 1; ///< what a sum of 0 elects, until the majority is known
+};
+
+} // namespace detail
+
+template <arithmetic_element T, decomposition<T> Decompose>
+adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<const lora_adapter<T>>> adapters,
+    const adapter_ties_options& options, const Decompose& decompose)
+{
+    check_options(options.ties);
+    (void)detail::adapter_weights(options.ties.weights, adapters.size(), 1); // how many there must be
+    detail::adapter_ties<T> ties(policy, adapters, options.ties);
+    std::size_t largest_rank = 0;
+    for (const auto& layer : ties.layers()) { largest_rank = std::max(largest_rank, std::min(layer.out, layer.in)); }
+    detail::check_layer_ranks(options.rank, largest_rank, "the merged adapter");
+    ties.look_at_model();
+
     adapter_result<T> result;
-    detail::progress_meter meter(policy, "merge", layers.size(), progress_unit::layers);
-    for (const auto& layer : layers) {
-        const std::size_t size = form(layer);
-        int zero = model_zero;
-        if (how.scope == scope::tensor) {
-            detail::streamed_top_k<T> search(counts(size), memory);
-            for (int digit = 0; digit < search.digits; ++digit) {
-                search.begin(digit);
-                for_each_index(policy, tasks,
-                    [&](std::size_t t, std::size_t) { search.add(t, products.data() + t * size, size); });
-                search.end();
-            }
-            for (std::size_t t = 0; t < tasks; ++t) { rules[t] = {search.magnitude(t), search.equal(t)}; }
-        }
-        trim(size, rules);
-        auto tally = elect(size, zero);
-        if (how.scope == scope::tensor && by_majority && tally.unresolved > 0 && settled(tally.sign_sum) != zero) {
-            zero = settled(tally.sign_sum);
-            tally = elect(size, zero);
-        }
-        const matrix_view<const T> dense(merged.data(), layer.out, layer.in, matrix_order::row_major);
-        rank_choice choice = options.rank;
-        choice.clamp = true;
-        const svd_result<T> s = decompose(policy, dense, choice, layer.name);
+    detail::progress_meter meter(policy, "merge", ties.layers().size(), progress_unit::layers);
+    rank_choice choice = options.rank;
+    choice.clamp = true;
+    for (const auto& layer : ties.layers()) {
+        const svd_result<T> s = decompose(policy, ties.merge(layer), choice, layer.name);
         result.layers.push_back({layer.name, layer.out, layer.in, 0, s.rank(), false, s.squared_norm, s.squared_error});
         result.adapter.emplace(layer.name, to_update<T>(s, options.side));
         if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
@@ -16755,7 +16850,8 @@ struct summary {
 #if !defined(TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP)
 #define TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP
 // e^x and ln x of packs, by additions, products and quotients that round as IEEE's do: the same bits on every processor
-// and with every C library. SPDX-License-Identifier: Apache-2.0
+// and with every C library.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <cstdint>
@@ -17784,7 +17880,8 @@ template <class X>
 #if !defined(TASKVEC_SINGLE_INTEROP_XTENSOR_HPP)
 #define TASKVEC_SINGLE_INTEROP_XTENSOR_HPP
 // xtensor containers, adaptors and strided views as inputs and outputs, and results as xtensor adaptors, without a
-// copy. SPDX-License-Identifier: Apache-2.0
+// copy.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Written against the interface that xtensor's strided expressions share (data, data_offset, shape, strides,
 // static_layout), and includes none of its headers: they moved between 0.24 (xtensor/xarray.hpp) and 0.26
@@ -21158,7 +21255,8 @@ lora_update<T> linearized_lora_layer<T>::initial() const
 #define TASKVEC_SINGLE_LINALG_LEADING_SVD_HPP
 // The exact leading singular triples of a large f32 matrix without the rest of its spectrum: block Lanczos iteration.
 // Golub, Luk, Overton, "A block Lanczos method for computing the singular values and corresponding singular vectors of
-// a matrix" (ACM TOMS 1981). SPDX-License-Identifier: Apache-2.0
+// a matrix" (ACM TOMS 1981).
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>
@@ -21736,7 +21834,8 @@ TASKVEC_COMPILED_TRUNCATED_SVD(extern, double)
 #if !defined(TASKVEC_SINGLE_COMPILED_DIVIDE_AND_CONQUER_HPP)
 #define TASKVEC_SINGLE_COMPILED_DIVIDE_AND_CONQUER_HPP
 // Eigen's divide-and-conquer SVD behind truncated_svd(): the body that takes longest to compile, in a header of its
-// own, which a program that links taskvec::compiled never reads. SPDX-License-Identifier: Apache-2.0
+// own, which a program that links taskvec::compiled never reads.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <Eigen/SVD>
@@ -21785,7 +21884,8 @@ TASKVEC_NOINLINE bool divide_and_conquer(
 #if !defined(TASKVEC_SINGLE_COMPILED_SYMMETRIC_EIGEN_HPP)
 #define TASKVEC_SINGLE_COMPILED_SYMMETRIC_EIGEN_HPP
 // Eigen's symmetric eigenvalue solver behind leading_svd(), in a header of its own, which a program that links
-// taskvec::compiled never reads. SPDX-License-Identifier: Apache-2.0
+// taskvec::compiled never reads.
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <Eigen/Eigenvalues>
@@ -24390,7 +24490,8 @@ TASKVEC_COMPILED_MERGES(extern, fisher_options)
 #if !defined(TASKVEC_SINGLE_METHODS_KARCHER_HPP)
 #define TASKVEC_SINGLE_METHODS_KARCHER_HPP
 // The Karcher mean: the point of a sphere whose squared distances to the models add up to the least. Karcher,
-// "Riemannian center of mass and mollifier smoothing" (1977). SPDX-License-Identifier: Apache-2.0
+// "Riemannian center of mass and mollifier smoothing" (1977).
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>
@@ -26274,7 +26375,8 @@ TASKVEC_COMPILED_MERGES(extern, regmean_options)
 #if !defined(TASKVEC_SINGLE_METHODS_SCE_HPP)
 #define TASKVEC_SINGLE_METHODS_SCE_HPP
 // SCE: select the entries in which task vectors differ most, calculate a weight for each task, erase minority signs.
-// Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990). SPDX-License-Identifier: Apache-2.0
+// Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990).
+// SPDX-License-Identifier: Apache-2.0
 
 
 #include <algorithm>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapted_model.hpp>
+#include <taskvec/core/byte_buffer.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <algorithm>
@@ -62,12 +63,12 @@ private:
         const std::size_t largest = range.first < range.last ? models.chunks()[range.first].size : 0;
         struct buffers {
             std::pmr::vector<A> values;
-            std::pmr::vector<std::byte> stored;
+            detail::byte_buffer stored;
         };
         std::pmr::vector<buffers> workers(memory_of(policy));
         for (std::size_t w = worker_count(policy, range.last - range.first); w-- > 0;) {
             workers.push_back({std::pmr::vector<A>(largest, memory_of(policy)),
-                std::pmr::vector<std::byte>(direct ? 0 : largest * width, memory_of(policy))});
+                detail::byte_buffer(memory_of(policy), direct ? 0 : largest * width)});
         }
         const auto& conversion =
             detail::conversions_between<A, storage_types>.of(tensor.output_dtype, tensor.name, true);

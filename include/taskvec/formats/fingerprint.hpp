@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/byte_buffer.hpp>
 #include <taskvec/core/hash.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
@@ -68,7 +69,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         if (part.source) {
             constexpr std::size_t piece = 65536;
             const std::size_t width = byte_count(part.stored, 1), size = part.size / width;
-            std::pmr::vector<std::byte> words(std::min(piece, size) * width, memory_of(policy));
+            detail::byte_buffer words(memory_of(policy), std::min(piece, size) * width);
             for (std::size_t at = 0; at < size; at += piece) {
                 const std::size_t n = std::min(piece, size - at);
                 detail::read_stored(*part.source, part.stored, part.first + at, n, words.data());

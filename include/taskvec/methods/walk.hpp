@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/byte_buffer.hpp>
 #include <taskvec/core/instruction_set.hpp>
 #include <taskvec/core/random_words.hpp>
 #include <taskvec/methods/entries.hpp>
@@ -198,7 +199,7 @@ private:
     tensor_sink* out_;
     storage_conversions conversions_;
     bool stream_;
-    std::pmr::vector<std::byte> buffer_;
+    byte_buffer buffer_;
     const aligned_tensor* tensor_ = nullptr;
     const tensor_chunk* piece_ = nullptr;
     std::byte* direct_ = nullptr;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/byte_buffer.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/models/aligned_models.hpp>
@@ -23,7 +24,7 @@ inline void decode_through(
     const std::size_t size = tensor.source.size();
     for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
         const std::size_t n = std::min(piece, size - i * piece);
-        std::pmr::vector<std::byte> words(byte_count(type, n), memory_of(policy));
+        byte_buffer words(memory_of(policy), byte_count(type, n));
         read_stored(from, type, i * piece, n, words.data());
         out.write(tensor.output, byte_count(type, i * piece), words.data(), words.size());
         if (!meter.advance(byte_count(from.type(), n))) { raise<cancelled>(error_code::cancelled); }
