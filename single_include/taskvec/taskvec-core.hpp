@@ -8506,7 +8506,6 @@ private:
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 

@@ -10979,7 +10979,6 @@ private:
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 
