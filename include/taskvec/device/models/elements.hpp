@@ -9,6 +9,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -31,6 +32,20 @@ namespace elementwise {
 
 TASKVEC_KERNELS_BEGIN
 
+/// Word i of stored words. What a host reads where it lies, a tensor of a file say, may lie at any address; the buffers
+/// of a device are aligned.
+template <class Word>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline Word word_at(const void* data, std::uint64_t i) noexcept
+{
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+    return static_cast<const Word*>(data)[i];
+#else
+    Word word;
+    std::memcpy(&word, static_cast<const std::byte*>(data) + i * sizeof(Word), sizeof(Word));
+    return word;
+#endif
+}
+
 /// Element i of elements of a storage type; 0 where `type` is none.
 template <arithmetic_element A, class... T>
 [[nodiscard]] TASKVEC_HOST_DEVICE inline A load_stored(
@@ -38,8 +53,7 @@ template <arithmetic_element A, class... T>
 {
     A value{0};
     static_cast<void>(
-        ((type == dtype_of<T> && (value = widen_word<A, T>(static_cast<const storage_word<T>*>(data)[i]), true))
-            || ...));
+        ((type == dtype_of<T> && (value = widen_word<A, T>(word_at<storage_word<T>>(data, i)), true)) || ...));
     return value;
 }
 
