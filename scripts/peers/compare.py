@@ -63,6 +63,8 @@ def main():
         elif path.suffix == ".json":
             new, old = json.loads((arguments.fresh / path).read_text()), json.loads((arguments.stored / path).read_text())
             for side in (new, old):
+                if not isinstance(side, dict):  # a table of cases
+                    continue
                 side.pop("peft_version", None)
                 for key, value in side.items():  # PEFT keeps sets of names and writes them in any order
                     if isinstance(value, list) and all(isinstance(item, str) for item in value):
