@@ -222,212 +222,307 @@ tool::peft_words words_of(const extract_lora_settings& given)
     return words;
 }
 
+/// How the layers of two models are decomposed, and what earlier runs left of that (--resume).
+struct decomposition_work {
+    std::optional<tool::resumed_work> work{};
+    std::optional<tool::kept_layers> layers{};
+    tool::decompose how{};
+
+    explicit decomposition_work(const extract_lora_settings& given)
+    {
+        if (!given.resume.directory.empty() && !given.run.dry_run) {
+            std::vector<tool::fs::path> inputs{given.base};
+            inputs.push_back(given.adapter.empty() ? tool::fs::path(given.task)
+                                                   : tool::parse_task(given.adapter, "--task-adapter").path);
+            work.emplace(given.resume, inputs);
+            layers.emplace(work->path());
+        }
+        using way = tool::decompose::way;
+        how = {given.run.dry_run   ? way::not_at_all
+                : given.randomized ? way::randomized
+                                   : way::exactly,
+            given.seed, layers ? &*layers : nullptr};
+    }
+    void say_found(const tool::run_options& run) const
+    {
+        if (!layers || layers->found() == 0) { return; }
+        tool::note(run,
+            tool::counted(layers->found(), "layer") + " of " + tool::in_quotes(work->path())
+                + " were finished by an earlier run");
+    }
+    void remove()
+    {
+        if (work) { work->remove(); }
+    }
+};
+
+/// What fine-tuning changed, decomposed, and the adapter that it makes.
+template <class T>
+class extraction {
+public:
+    extraction(const extract_lora_settings& given, const taskvec::checkpoint& base,
+        const taskvec::const_model_ref& tuned, const taskvec::cpu& policy, const tool::decompose& how)
+        : given_(given)
+        , base_(base)
+        , tuned_(tuned)
+        , policy_(policy)
+        , words_(words_of(given))
+        , heads_(tool::heads_of_task(words_.task_type))
+        , chosen_(tool::name_filter(given.include, given.exclude))
+        , config_(tool::config_beside(given.base))
+        , bare_routers_(version_of_library(given).value_or(4) >= 5)
+        , is_own_embedding_(tool::name_matcher(given.embedding, "--embedding"))
+        , found_(taskvec::extract_lora<T>(policy, base.model(), tuned, options(), how))
+    {
+        refuse_nothing();
+        others_.insert(found_.left_out.begin(), found_.left_out.end());
+        if (!given.sparse_rest) { return; }
+        taskvec::model_options left_out;
+        left_out.include = [this](std::string_view name) { return others_.contains(name); };
+        left_out.base_label = tool::in_quotes(given.base);
+        left_out.labels = {label_of_task(given)};
+        rest_.emplace(&base.model(), std::span(&tuned, 1), left_out);
+        for (const auto& tensor : rest_->tensors()) { kept_.insert(tensor.name); }
+    }
+    extraction(const extraction&) = delete;
+    extraction& operator=(const extraction&) = delete;
+
+    [[nodiscard]] const taskvec::extract_result<T>& found() const { return found_; }
+
+    /// What is said of the rest: ", 3 other changed tensors left out".
+    [[nodiscard]] std::string words_of_rest() const
+    {
+        const auto lost = found_.left_out.size() - kept_.size();
+        return (kept_.empty() ? ""
+                              : ", " + tool::counted(kept_.size(), "other changed tensor") + " as a delta beside it")
+            + (lost == 0 ? "" : ", " + tool::counted(lost, "other changed tensor") + " left out");
+    }
+    void list_left_out() const
+    {
+        for (const auto& name : found_.left_out) {
+            std::cerr << "taskvec: "
+                      << (kept_.contains(name) ? "in " + std::string(tool::rest_file) + ": '" : "left out: '")
+                      << tool::printable(name) << "' changed, and a LoRA cannot hold it\n";
+        }
+    }
+
+    /// The adapter, as PEFT finds its modules in the model. Called once: the updates move into it.
+    [[nodiscard]] taskvec::peft_adapter<T> adapter()
+    {
+        taskvec::peft_adapter<T> made;
+        say_experts_and_routers();
+        const auto names = names_of_modules(given_, base_);
+        add_modules(made, names);
+        if (given_.fan_in_fan_out) { made.config["fan_in_fan_out"] = true; }
+        if (!words_.base_name.empty()) { made.config["base_model_name_or_path"] = words_.base_name; }
+        if (!words_.task_type.empty()) { made.config["task_type"] = words_.task_type; }
+        add_heads(made, names);
+        return made;
+    }
+    /// Makes the delta of what no LoRA can hold (--sparse-rest); nothing where there is none.
+    [[nodiscard]] std::function<std::unique_ptr<taskvec::delta_writer>(const tool::fs::path&)> rest_writer() const
+    {
+        if (!given_.sparse_rest) { return {}; }
+        if (kept_.empty()) {
+            tool::note(given_.run, "--sparse-rest: nothing else changed, so there is no delta beside the adapter");
+            return {};
+        }
+        return [this](const tool::fs::path& path) {
+            auto writer = std::make_unique<taskvec::delta_writer>(path, taskvec::fingerprint(policy_, base_.model()));
+            taskvec::post_pruning(policy_, {.density = 1}, *rest_, *writer);
+            writer->finish();
+            return writer;
+        };
+    }
+
+private:
+    /// Whether a tensor is of a head that PEFT looks for whole, by the task type.
+    [[nodiscard]] bool is_of_head(std::string_view name) const
+    {
+        return std::any_of(
+            heads_.begin(), heads_.end(), [&](const auto& head) { return taskvec::is_within_module(name, head); });
+    }
+    [[nodiscard]] bool is_router(std::string_view module) const
+    {
+        return tool::is_router(config_, base_.model(), module);
+    }
+    [[nodiscard]] taskvec::extract_options options() const
+    {
+        return {.rank = given_.rank.choice(),
+            .include = [this](std::string_view name) { return !is_of_head(name) && (!chosen_ || chosen_(name)); },
+            .layers =
+                [this](std::string_view name) {
+                    const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
+                    // A library that has them as layers writes routers among the factors, as other modules.
+                    if (bare_routers_ && is_router(module)) { return false; }
+                    return !tool::is_read_past_its_module(config_, module) || is_own_embedding_(module);
+                },
+            .base_label = "'" + given_.base + "'",
+            .tuned_label = label_of_task(given_)};
+    }
+    void refuse_nothing() const
+    {
+        if (!found_.adapter.empty()) { return; }
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+            taskvec::message("'", given_.base, "' and ", label_of_task(given_),
+                " do not differ in any matrix or convolution '*.weight'",
+                given_.include.empty() && given_.exclude.empty() && heads_.empty() ? "" : " that is looked at",
+                found_.left_out.empty() ? std::string(": there is nothing to extract an adapter from")
+                                        : taskvec::message(", but in ", tool::counted(found_.left_out.size(), "tensor"),
+                                              " that no LoRA can hold ('", found_.left_out.front(), "'",
+                                              found_.left_out.size() > 1 ? " …" : "",
+                                              "): 'taskvec prune --density 1' keeps the whole change as a delta")));
+    }
+    void say_experts_and_routers() const
+    {
+        if (const auto text = words_of_experts(found_.adapter, base_.model(), config_); !text.empty()) {
+            tool::note(given_.run, text);
+        }
+        const auto router = std::find_if(
+            found_.adapter.begin(), found_.adapter.end(), [&](const auto& one) { return is_router(one.first); });
+        if (router != found_.adapter.end()) {
+            tool::note(given_.run,
+                "'" + router->first
+                    + "' is the router of a mixture of experts, which transformers 5 keeps as a parameter: PEFT loads "
+                      "the adapter there if routers are left out, by --exclude '\\.(gate|router)\\.weight$'");
+        }
+        const auto routers = std::count_if(found_.left_out.begin(), found_.left_out.end(), [&](const auto& name) {
+            return bare_routers_ && name.ends_with(".weight")
+                && is_router(std::string_view(name).substr(0, name.size() - std::string_view(".weight").size()));
+        });
+        if (routers > 0) {
+            tool::note(given_.run,
+                tool::counted(static_cast<std::uint64_t>(routers), "router")
+                    + " of the mixtures of experts left out: transformers 5, which wrote the configuration, keeps "
+                      "them as parameters that PEFT cannot adapt; --sparse-rest keeps their changes");
+        }
+    }
+    /// Adds the update of the module that the files call `stored`.
+    void add(taskvec::peft_adapter<T>& made, const std::string& module, const std::string& stored, bool embedding,
+        taskvec::lora_update<T> update) const
+    {
+        if (embedding) { made.embeddings.insert(module); }
+        made.stored.emplace(module, base_.model().find(stored + ".weight")->dtype);
+        if (const auto kernel = found_.kernels.find(stored); kernel != found_.kernels.end()) {
+            made.kernels.emplace(module, kernel->second);
+        }
+        made.updates.emplace(module, std::move(update));
+    }
+    void add_modules(taskvec::peft_adapter<T>& made, const module_names& names)
+    {
+        const auto& tie = names.tie;
+        const auto embedded = found_.adapter.find(tie.embedding);
+        const bool tie_changed = embedded != found_.adapter.end();
+        if (tie.tied && tie_changed) { found_.adapter.erase(tie.head); } // one matrix under two names is one module
+        const bool by_peft = tie.tied && tie.head == taskvec::peft_tied_head && names.copies.empty();
+        if (tie_changed && !by_peft) {
+            // PEFT knows of heads called lm_head alone that they are an embedding: others have the update once more.
+            for (const auto& copy : names.copies) {
+                add(made, copy, tie.embedding, true, tool::transposed(embedded->second));
+            }
+            if (tie.tied) { add(made, tie.head, tie.embedding, false, embedded->second); }
+        }
+        auto patterns = given_.embedding;
+        patterns.emplace_back(known_embeddings);
+        const auto is_embedding = tool::name_matcher(patterns, "--embedding");
+        std::vector<std::string> doubtful;
+        for (auto& [name, update] : found_.adapter) {
+            if (name == tie.embedding && !names.copies.empty()) { continue; }
+            // Embeddings have no bias, and linear layers of such names mostly do.
+            const bool convolution = found_.kernels.contains(name);
+            const bool may_be = !convolution && !base_.model().find(name + ".bias");
+            const bool embedding =
+                !convolution && (is_own_embedding_(name) || name == tie.embedding || (may_be && is_embedding(name)));
+            if (may_be && !embedding && may_be_embedding(name)) { doubtful.push_back(name); }
+            const bool turned = given_.fan_in_fan_out && !tool::is_head_module(name) && !convolution;
+            add(made, names.of(name), name, embedding,
+                embedding || turned ? tool::transposed(update) : std::move(update));
+        }
+        if (!doubtful.empty()) {
+            tool::note(given_.run,
+                "'" + doubtful.front() + "'"
+                    + (doubtful.size() > 1 ? " and " + std::to_string(doubtful.size() - 1) + " more are" : " is")
+                    + " called as embeddings are, and factored as a linear layer's: where the model has an embedding "
+                      "there, PEFT leaves it out unless --embedding names it");
+        }
+        if (tie_changed) { say_tied(made, names, by_peft); }
+    }
+    /// What the embedding changes by what is tied to it changes by.
+    void say_tied(taskvec::peft_adapter<T>& made, const module_names& names, bool by_peft) const
+    {
+        const auto& tie = names.tie;
+        if (by_peft) { // which adapts both when it is told so
+            auto modules = list_of(made.updates);
+            modules.emplace_back(taskvec::peft_tied_head);
+            made.config["target_modules"] = modules;
+            made.config[tool::weight_tying] = true;
+            tool::note(given_.run,
+                "the head of '" + given_.base + "' is tied to its embedding: the adapter says "
+                    + std::string(tool::weight_tying) + ", so that PEFT adapts both");
+            return;
+        }
+        if (!tie.tied && names.copies.empty()) { return; }
+        std::string text;
+        for (const auto& copy : names.copies) { text += (text.empty() ? "'" : ", '") + copy + "'"; }
+        if (tie.tied) { text += (text.empty() ? "'" : ", '") + tie.head + "'"; }
+        tool::note(given_.run,
+            "'" + tie.embedding + "' of '" + given_.base + "' is one matrix with " + text
+                + ": the adapter has its update under each name; fold it by 'taskvec fuse', which adds it once");
+    }
+    /// Heads come whole, under modules_to_save.
+    void add_heads(taskvec::peft_adapter<T>& made, const module_names& names) const
+    {
+        for (const auto& [name, tensor] : tuned_) {
+            if (!is_of_head(name)) { continue; }
+            const auto* const before = base_.model().find(name);
+            const auto at = name.rfind('.');
+            made.others.emplace(names.of(name.substr(0, at)) + name.substr(at),
+                whole_tensor(policy_, before && chosen_ && !chosen_(name) ? *before : tensor));
+        }
+        if (made.others.empty()) { return; }
+        made.config["modules_to_save"] = heads_;
+        tool::note(given_.run,
+            "'" + made.others.begin()->first + "'"
+                + (made.others.size() > 1 ? " and what else is of the head are" : " is")
+                + " whole in the adapter, under modules_to_save, where PEFT looks for the head of a model of task type "
+                + words_.task_type);
+    }
+
+    const extract_lora_settings& given_;
+    const taskvec::checkpoint& base_;
+    const taskvec::const_model_ref& tuned_;
+    const taskvec::cpu& policy_;
+    tool::peft_words words_;
+    const std::vector<std::string>& heads_;
+    std::function<bool(std::string_view)> chosen_;
+    nlohmann::json config_;
+    bool bare_routers_;
+    std::function<bool(std::string_view)> is_own_embedding_;
+    taskvec::extract_result<T> found_;
+    std::set<std::string_view> others_; ///< what changed and no LoRA can hold
+    std::optional<taskvec::aligned_models> rest_; ///< of that what can be computed with
+    std::set<std::string_view> kept_; ///< its names
+};
+
 template <class T>
 void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base,
     const taskvec::const_model_ref& tuned, std::uint64_t task_bytes)
 {
-    const auto words = words_of(given);
-    // Heads that PEFT looks for whole, by the task type.
-    const auto& heads = tool::heads_of_task(words.task_type);
-    const auto is_of_head = [&](std::string_view name) {
-        return std::any_of(
-            heads.begin(), heads.end(), [&](const auto& head) { return taskvec::is_within_module(name, head); });
-    };
-    const auto chosen = tool::name_filter(given.include, given.exclude);
-    std::optional<tool::resumed_work> work;
-    std::optional<tool::kept_layers> layers;
-    if (!given.resume.directory.empty() && !given.run.dry_run) {
-        std::vector<tool::fs::path> inputs{given.base};
-        inputs.push_back(given.adapter.empty() ? tool::fs::path(given.task)
-                                               : tool::parse_task(given.adapter, "--task-adapter").path);
-        work.emplace(given.resume, inputs);
-        layers.emplace(work->path());
-    }
+    decomposition_work work(given);
     const tool::runner run(given.run);
     auto report = tool::open_report(given);
-    using way = tool::decompose::way;
-    const tool::decompose how{given.run.dry_run ? way::not_at_all
-            : given.randomized                  ? way::randomized
-                                                : way::exactly,
-        given.seed, layers ? &*layers : nullptr};
-    const auto config = tool::config_beside(given.base);
-    auto patterns = given.embedding;
-    const auto is_own_embedding = tool::name_matcher(patterns, "--embedding");
-    patterns.emplace_back(known_embeddings);
-    const auto is_embedding = tool::name_matcher(patterns, "--embedding");
-    // A library that has them as layers writes routers among the factors, as other modules.
-    const bool bare_routers = version_of_library(given).value_or(4) >= 5;
-    auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
-        {.rank = given.rank.choice(),
-            .include = [&](std::string_view name) { return !is_of_head(name) && (!chosen || chosen(name)); },
-            .layers =
-                [&](std::string_view name) {
-                    const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
-                    if (bare_routers && tool::is_router(config, base.model(), module)) { return false; }
-                    return !tool::is_read_past_its_module(config, module) || is_own_embedding(module);
-                },
-            .base_label = "'" + given.base + "'",
-            .tuned_label = label_of_task(given)},
-        how);
-    if (layers && layers->found() > 0) {
-        tool::note(given.run,
-            tool::counted(layers->found(), "layer") + " of " + tool::in_quotes(work->path())
-                + " were finished by an earlier run");
-    }
-    if (found.adapter.empty()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
-            taskvec::message("'", given.base, "' and ", label_of_task(given),
-                " do not differ in any matrix or convolution '*.weight'",
-                given.include.empty() && given.exclude.empty() && heads.empty() ? "" : " that is looked at",
-                found.left_out.empty() ? std::string(": there is nothing to extract an adapter from")
-                                       : taskvec::message(", but in ", tool::counted(found.left_out.size(), "tensor"),
-                                             " that no LoRA can hold ('", found.left_out.front(), "'",
-                                             found.left_out.size() > 1 ? " …" : "",
-                                             "): 'taskvec prune --density 1' keeps the whole change as a delta")));
-    }
-    // --sparse-rest keeps what of it can be computed with.
-    std::function<std::unique_ptr<taskvec::delta_writer>(const tool::fs::path&)> write_rest;
-    const std::set<std::string_view> others(found.left_out.begin(), found.left_out.end());
-    taskvec::model_options left_out;
-    left_out.include = [&](std::string_view name) { return others.contains(name); };
-    left_out.base_label = tool::in_quotes(given.base);
-    left_out.labels = {label_of_task(given)};
-    std::optional<taskvec::aligned_models> rest;
-    std::set<std::string_view> kept;
-    if (given.sparse_rest) {
-        rest.emplace(&base.model(), std::span(&tuned, 1), left_out);
-        for (const auto& tensor : rest->tensors()) { kept.insert(tensor.name); }
-    }
-    const auto list_left_out = [&] {
-        for (const auto& name : found.left_out) {
-            std::cerr << "taskvec: "
-                      << (kept.contains(name) ? "in " + std::string(tool::rest_file) + ": '" : "left out: '")
-                      << tool::printable(name) << "' changed, and a LoRA cannot hold it\n";
-        }
-    };
-    const auto lost = found.left_out.size() - kept.size();
-    const std::string also =
-        (kept.empty() ? "" : ", " + tool::counted(kept.size(), "other changed tensor") + " as a delta beside it")
-        + (lost == 0 ? "" : ", " + tool::counted(lost, "other changed tensor") + " left out");
+    const auto& policy = run.policy();
+    extraction<T> made(given, base, tuned, policy, work.how);
+    const auto& found = made.found();
+    work.say_found(given.run);
+    const auto also = made.words_of_rest();
     if (given.run.dry_run) {
         tool::print("would write '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer")
             + " at " + given.rank.words(found.layers) + also + "\n");
-        list_left_out();
+        made.list_left_out();
         return;
     }
-
-    taskvec::peft_adapter<T> adapter;
-    if (const auto text = words_of_experts(found.adapter, base.model(), config); !text.empty()) {
-        tool::note(given.run, text);
-    }
-    const auto router = std::find_if(found.adapter.begin(), found.adapter.end(),
-        [&](const auto& one) { return tool::is_router(config, base.model(), one.first); });
-    if (router != found.adapter.end()) {
-        tool::note(given.run,
-            "'" + router->first
-                + "' is the router of a mixture of experts, which transformers 5 keeps as a parameter: PEFT loads the "
-                  "adapter there if routers are left out, by --exclude '\\.(gate|router)\\.weight$'");
-    }
-    const auto routers = std::count_if(found.left_out.begin(), found.left_out.end(), [&](const std::string& name) {
-        return bare_routers && name.ends_with(".weight")
-            && tool::is_router(config, base.model(), std::string_view(name).substr(0, name.size() - 7));
-    });
-    if (routers > 0) {
-        tool::note(given.run,
-            tool::counted(static_cast<std::uint64_t>(routers), "router")
-                + " of the mixtures of experts left out: transformers 5, which wrote the configuration, keeps them as "
-                  "parameters that PEFT cannot adapt; --sparse-rest keeps their changes");
-    }
-    const auto names = names_of_modules(given, base);
-    const auto& tie = names.tie;
-    const auto embedded = found.adapter.find(tie.embedding);
-    const bool tie_changed = embedded != found.adapter.end();
-    if (tie.tied && tie_changed) { found.adapter.erase(tie.head); } // one matrix under two names is one module
-    const auto add = [&](const std::string& module, const std::string& stored, bool embedding,
-                         taskvec::lora_update<T> update) {
-        if (embedding) { adapter.embeddings.insert(module); }
-        adapter.stored.emplace(module, base.model().find(stored + ".weight")->dtype);
-        if (const auto kernel = found.kernels.find(stored); kernel != found.kernels.end()) {
-            adapter.kernels.emplace(module, kernel->second);
-        }
-        adapter.updates.emplace(module, std::move(update));
-    };
-    const bool by_peft = tie.tied && tie.head == "lm_head" && names.copies.empty();
-    if (tie_changed && !by_peft) {
-        // PEFT knows of heads called lm_head alone that they are an embedding: others have the update once more.
-        for (const auto& copy : names.copies) { add(copy, tie.embedding, true, tool::transposed(embedded->second)); }
-        if (tie.tied) { add(tie.head, tie.embedding, false, embedded->second); }
-    }
-    std::vector<std::string> doubtful;
-    for (auto& [name, update] : found.adapter) {
-        if (name == tie.embedding && !names.copies.empty()) { continue; }
-        // Embeddings have no bias, and linear layers of such names mostly do.
-        const bool may_be = !found.kernels.contains(name) && !base.model().find(name + ".bias");
-        const bool embedding = !found.kernels.contains(name)
-            && (is_own_embedding(name) || name == tie.embedding || (may_be && is_embedding(name)));
-        if (may_be && !embedding && may_be_embedding(name)) { doubtful.push_back(name); }
-        const bool turned = given.fan_in_fan_out && !tool::is_head_module(name) && !found.kernels.contains(name);
-        add(names.of(name), name, embedding, embedding || turned ? tool::transposed(update) : std::move(update));
-    }
-    if (!doubtful.empty()) {
-        tool::note(given.run,
-            "'" + doubtful.front() + "'"
-                + (doubtful.size() > 1 ? " and " + std::to_string(doubtful.size() - 1) + " more are" : " is")
-                + " called as embeddings are, and factored as a linear layer's: where the model has an embedding "
-                  "there, PEFT leaves it out unless --embedding names it");
-    }
-    if (given.fan_in_fan_out) { adapter.config["fan_in_fan_out"] = true; }
-    if (tie_changed && by_peft) {
-        // What the embedding changes by the head changes by: PEFT adapts both when it is told so.
-        auto modules = list_of(adapter.updates);
-        modules.emplace_back("lm_head");
-        adapter.config["target_modules"] = modules;
-        adapter.config["ensure_weight_tying"] = true;
-        tool::note(given.run,
-            "the head of '" + given.base
-                + "' is tied to its embedding: the adapter says ensure_weight_tying, so that PEFT adapts both");
-    }
-    else if (tie_changed && (tie.tied || !names.copies.empty())) {
-        std::string text;
-        for (const auto& copy : names.copies) { text += (text.empty() ? "'" : ", '") + copy + "'"; }
-        if (tie.tied) { text += (text.empty() ? "'" : ", '") + tie.head + "'"; }
-        tool::note(given.run,
-            "'" + tie.embedding + "' of '" + given.base + "' is one matrix with " + text
-                + ": the adapter has its update under each name; fold it by 'taskvec fuse', which adds it once");
-    }
-    if (!words.base_name.empty()) { adapter.config["base_model_name_or_path"] = words.base_name; }
-    if (!words.task_type.empty()) { adapter.config["task_type"] = words.task_type; }
-    for (const auto& [name, tensor] : tuned) {
-        if (!is_of_head(name)) { continue; }
-        const auto* const before = base.model().find(name);
-        const auto at = name.rfind('.');
-        adapter.others.emplace(names.of(name.substr(0, at)) + name.substr(at),
-            whole_tensor(run.policy(), before && chosen && !chosen(name) ? *before : tensor));
-    }
-    if (!adapter.others.empty()) {
-        adapter.config["modules_to_save"] = heads;
-        tool::note(given.run,
-            "'" + adapter.others.begin()->first + "'"
-                + (adapter.others.size() > 1 ? " and what else is of the head are" : " is")
-                + " whole in the adapter, under modules_to_save, where PEFT looks for the head of a model of task type "
-                + words.task_type);
-    }
-
-    if (given.sparse_rest) {
-        if (kept.empty()) {
-            tool::note(given.run, "--sparse-rest: nothing else changed, so there is no delta beside the adapter");
-        }
-        else {
-            write_rest = [&](const tool::fs::path& path) {
-                auto writer =
-                    std::make_unique<taskvec::delta_writer>(path, taskvec::fingerprint(run.policy(), base.model()));
-                taskvec::post_pruning(run.policy(), {.density = 1}, *rest, *writer);
-                writer->finish();
-                return writer;
-            };
-        }
-    }
-
+    auto adapter = made.adapter();
     nlohmann::ordered_json content{{"base", given.base},
         {given.adapter.empty() ? "task" : "task_adapter", given.adapter.empty() ? given.task : given.adapter},
         {"method", given.randomized ? "randomized" : "exact"}};
@@ -440,9 +535,9 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at "
             + given.rank.words(found.layers) + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
             + tool::percent(found.relative_error()) + also,
-        write_rest);
-    list_left_out();
-    if (work) { work->remove(); }
+        made.rest_writer());
+    made.list_left_out();
+    work.remove();
 }
 
 /// Names that differ by prefixes, and tied heads.
