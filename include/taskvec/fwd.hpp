@@ -77,6 +77,8 @@ template <class T>
 concept differentiable_scalar = std::same_as<T, float> || std::same_as<T, double> || detail::is_dual<T>;
 
 // core/
+template <class T>
+class call_allocator;
 template <class Signature>
 class callback;
 template <class Signature>

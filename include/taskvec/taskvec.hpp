@@ -20,6 +20,7 @@
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/core/by_name.hpp>
 #include <taskvec/core/byte_buffer.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/callback.hpp>
 #include <taskvec/core/config.hpp>
 #include <taskvec/core/csv.hpp>

@@ -1299,6 +1299,8 @@ template <class T>
 concept differentiable_scalar = std::same_as<T, float> || std::same_as<T, double> || detail::is_dual<T>;
 
 // core/
+template <class T>
+class call_allocator;
 template <class Signature>
 class callback;
 template <class Signature>
@@ -3215,6 +3217,92 @@ private:
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/call_memory.hpp
+#if !defined(TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP)
+#define TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP
+// The memory of the small lists that a call makes for itself.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <memory>
+#include <memory_resource>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+/// Where lists that begin on this thread take their memory: cpu::memory of the call that the thread works for; null:
+/// operator new. It is null while the caller's code runs (an executor, a progress callback).
+inline constinit thread_local std::pmr::memory_resource* current_call_memory = nullptr;
+
+/// While it lives, this thread works for a call with a policy's resource (null: operator new).
+class call_memory {
+public:
+    explicit call_memory(std::pmr::memory_resource* memory) noexcept
+        : before_(current_call_memory)
+    {
+        current_call_memory = memory;
+    }
+    ~call_memory() { current_call_memory = before_; }
+    call_memory(const call_memory&) = delete;
+    call_memory& operator=(const call_memory&) = delete;
+
+private:
+    std::pmr::memory_resource* before_;
+};
+} // namespace detail
+
+/// Memory of the call that is under way where a list begins: of its policy's resource (cpu::memory), or from operator
+/// new where that is null and where no call is under way. A copy of a list takes that of its own time; what moves takes
+/// its memory along.
+template <class T>
+class call_allocator {
+public:
+    using value_type = T;
+    using propagate_on_container_move_assignment = std::true_type;
+    using propagate_on_container_swap = std::true_type;
+
+    call_allocator() noexcept = default;
+    template <class U>
+    call_allocator(const call_allocator<U>& other) noexcept
+        : memory_(other.memory())
+    { }
+    [[nodiscard]] T* allocate(std::size_t count)
+    {
+        if (!memory_) { return std::allocator<T>().allocate(count); }
+        if (count > static_cast<std::size_t>(-1) / sizeof(T)) { return std::allocator<T>().allocate(count); } // throws
+        return static_cast<T*>(memory_->allocate(count * sizeof(T), alignof(T)));
+    }
+    void deallocate(T* place, std::size_t count) noexcept
+    {
+        if (!memory_) { std::allocator<T>().deallocate(place, count); }
+        else {
+            memory_->deallocate(place, count * sizeof(T), alignof(T));
+        }
+    }
+    [[nodiscard]] call_allocator select_on_container_copy_construction() const noexcept { return {}; }
+    [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return memory_; }
+    template <class U>
+    [[nodiscard]] friend bool operator==(const call_allocator& x, const call_allocator<U>& y) noexcept
+    {
+        return x.memory() == y.memory();
+    }
+
+private:
+    std::pmr::memory_resource* memory_ = detail::current_call_memory;
+};
+
+/// A list that lives no longer than the call that makes it: what a merge method keeps of its options and its passes.
+///
+///     call_vector<double> factors(passes.tasks(), 1.0); // in memory of the policy's resource
+template <class T>
+using call_vector = std::vector<T, call_allocator<T>>;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP
+
 // ---- taskvec/core/policy.hpp
 #if !defined(TASKVEC_SINGLE_CORE_POLICY_HPP)
 #define TASKVEC_SINGLE_CORE_POLICY_HPP
@@ -3367,8 +3455,9 @@ enum class nonfinite : std::uint8_t { error, propagate };
 /// Memory: what grows with the elements of tensors comes from `memory`, which is asked from several threads at once
 /// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
 /// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
-/// nothing more from the system. Around it, from operator new, goes what grows with names alone: lists of tensors and
-/// options, less than 2 KB for each tensor of each model; and the singular values of a decomposition. Eigen's products
+/// nothing more from the system. Around it, from operator new, goes what lines models up by name, less than 2 KB for
+/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's and SCE's, selection,
+/// pruning) on one thread or the caller's; and the singular values of a decomposition. Eigen's products
 /// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
 /// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
 /// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.
@@ -3591,6 +3680,7 @@ public:
         const std::uint64_t before = done_.fetch_add(amount, std::memory_order_relaxed), after = before + amount;
         if (before / step_ != after / step_ || after >= total_) {
             const light_lock lock(busy_);
+            const call_memory none(nullptr); // in the caller's code
             if (!stopped_.load(std::memory_order_relaxed)
                 && !callback_({phase_, std::min(after, total_), total_, unit_})) {
                 stopped_.store(true, std::memory_order_relaxed);
@@ -3631,7 +3721,9 @@ inline void for_each_index(
     std::atomic_flag busy;
     std::exception_ptr failure;
 #endif
+    std::pmr::memory_resource* const lists = detail::current_call_memory;
     const auto work = [&](std::size_t worker) {
+        const detail::call_memory memory(lists);
         for (std::size_t index;
             (index = next.fetch_add(1, std::memory_order_relaxed)) < first_failed.load(std::memory_order_relaxed)
             && index < count;) {
@@ -3651,7 +3743,10 @@ inline void for_each_index(
 #endif
         }
     };
-    if (policy.executor) { policy.executor(workers, work); }
+    if (policy.executor) {
+        const detail::call_memory none(nullptr); // whatever else the caller's threads do meanwhile
+        policy.executor(workers, work);
+    }
     else {
         detail::run_on_threads(workers, work);
     }
@@ -22771,7 +22866,7 @@ class sparse_sink {
 public:
     virtual ~sparse_sink() = default;
     /// kept[i] entries of models.tensors()[i] will follow. Called once, before any write.
-    virtual void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) = 0;
+    virtual void begin(const aligned_models& models, std::span<const std::uint64_t> kept) = 0;
     /// Entries number `first` … `first + n − 1` of a tensor; they all lie in its elements [from, to), where `from` is a
     /// multiple of 64 and `to` too, or the tensor's end. n may be 0.
     virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
@@ -22787,7 +22882,7 @@ public:
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
-    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    void begin(const aligned_models& models, std::span<const std::uint64_t> kept) override
     {
         tensors_.clear();
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
@@ -22843,6 +22938,7 @@ private:
 #include <limits>
 #include <memory>
 #include <memory_resource>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -22906,7 +23002,7 @@ public:
 
     /// Where the models are to be finite and overflow is not to pass, entries have to be finite too: models that are
     /// may differ by more than their arithmetic holds. Throws nonfinite_error for one that is not, when it comes.
-    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    void begin(const aligned_models& models, std::span<const std::uint64_t> kept) override
     {
         finite_ =
             models.options().on_nonfinite == nonfinite::error && models.options().on_overflow != overflow::propagate;

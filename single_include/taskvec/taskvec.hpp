@@ -1314,6 +1314,8 @@ template <class T>
 concept differentiable_scalar = std::same_as<T, float> || std::same_as<T, double> || detail::is_dual<T>;
 
 // core/
+template <class T>
+class call_allocator;
 template <class Signature>
 class callback;
 template <class Signature>
@@ -3806,6 +3808,92 @@ inline void stream_fence() noexcept
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/call_memory.hpp
+#if !defined(TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP)
+#define TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP
+// The memory of the small lists that a call makes for itself.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <memory>
+#include <memory_resource>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+/// Where lists that begin on this thread take their memory: cpu::memory of the call that the thread works for; null:
+/// operator new. It is null while the caller's code runs (an executor, a progress callback).
+inline constinit thread_local std::pmr::memory_resource* current_call_memory = nullptr;
+
+/// While it lives, this thread works for a call with a policy's resource (null: operator new).
+class call_memory {
+public:
+    explicit call_memory(std::pmr::memory_resource* memory) noexcept
+        : before_(current_call_memory)
+    {
+        current_call_memory = memory;
+    }
+    ~call_memory() { current_call_memory = before_; }
+    call_memory(const call_memory&) = delete;
+    call_memory& operator=(const call_memory&) = delete;
+
+private:
+    std::pmr::memory_resource* before_;
+};
+} // namespace detail
+
+/// Memory of the call that is under way where a list begins: of its policy's resource (cpu::memory), or from operator
+/// new where that is null and where no call is under way. A copy of a list takes that of its own time; what moves takes
+/// its memory along.
+template <class T>
+class call_allocator {
+public:
+    using value_type = T;
+    using propagate_on_container_move_assignment = std::true_type;
+    using propagate_on_container_swap = std::true_type;
+
+    call_allocator() noexcept = default;
+    template <class U>
+    call_allocator(const call_allocator<U>& other) noexcept
+        : memory_(other.memory())
+    { }
+    [[nodiscard]] T* allocate(std::size_t count)
+    {
+        if (!memory_) { return std::allocator<T>().allocate(count); }
+        if (count > static_cast<std::size_t>(-1) / sizeof(T)) { return std::allocator<T>().allocate(count); } // throws
+        return static_cast<T*>(memory_->allocate(count * sizeof(T), alignof(T)));
+    }
+    void deallocate(T* place, std::size_t count) noexcept
+    {
+        if (!memory_) { std::allocator<T>().deallocate(place, count); }
+        else {
+            memory_->deallocate(place, count * sizeof(T), alignof(T));
+        }
+    }
+    [[nodiscard]] call_allocator select_on_container_copy_construction() const noexcept { return {}; }
+    [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return memory_; }
+    template <class U>
+    [[nodiscard]] friend bool operator==(const call_allocator& x, const call_allocator<U>& y) noexcept
+    {
+        return x.memory() == y.memory();
+    }
+
+private:
+    std::pmr::memory_resource* memory_ = detail::current_call_memory;
+};
+
+/// A list that lives no longer than the call that makes it: what a merge method keeps of its options and its passes.
+///
+///     call_vector<double> factors(passes.tasks(), 1.0); // in memory of the policy's resource
+template <class T>
+using call_vector = std::vector<T, call_allocator<T>>;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP
+
 // ---- taskvec/core/policy.hpp
 #if !defined(TASKVEC_SINGLE_CORE_POLICY_HPP)
 #define TASKVEC_SINGLE_CORE_POLICY_HPP
@@ -3958,8 +4046,9 @@ enum class nonfinite : std::uint8_t { error, propagate };
 /// Memory: what grows with the elements of tensors comes from `memory`, which is asked from several threads at once
 /// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
 /// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
-/// nothing more from the system. Around it, from operator new, goes what grows with names alone: lists of tensors and
-/// options, less than 2 KB for each tensor of each model; and the singular values of a decomposition. Eigen's products
+/// nothing more from the system. Around it, from operator new, goes what lines models up by name, less than 2 KB for
+/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's and SCE's, selection,
+/// pruning) on one thread or the caller's; and the singular values of a decomposition. Eigen's products
 /// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
 /// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
 /// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.
@@ -4182,6 +4271,7 @@ public:
         const std::uint64_t before = done_.fetch_add(amount, std::memory_order_relaxed), after = before + amount;
         if (before / step_ != after / step_ || after >= total_) {
             const light_lock lock(busy_);
+            const call_memory none(nullptr); // in the caller's code
             if (!stopped_.load(std::memory_order_relaxed)
                 && !callback_({phase_, std::min(after, total_), total_, unit_})) {
                 stopped_.store(true, std::memory_order_relaxed);
@@ -4222,7 +4312,9 @@ inline void for_each_index(
     std::atomic_flag busy;
     std::exception_ptr failure;
 #endif
+    std::pmr::memory_resource* const lists = detail::current_call_memory;
     const auto work = [&](std::size_t worker) {
+        const detail::call_memory memory(lists);
         for (std::size_t index;
             (index = next.fetch_add(1, std::memory_order_relaxed)) < first_failed.load(std::memory_order_relaxed)
             && index < count;) {
@@ -4242,7 +4334,10 @@ inline void for_each_index(
 #endif
         }
     };
-    if (policy.executor) { policy.executor(workers, work); }
+    if (policy.executor) {
+        const detail::call_memory none(nullptr); // whatever else the caller's threads do meanwhile
+        policy.executor(workers, work);
+    }
     else {
         detail::run_on_threads(workers, work);
     }
@@ -9932,6 +10027,7 @@ struct companion {
 #include <cstdint>
 #include <memory_resource>
 #include <ranges>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -9988,8 +10084,8 @@ struct merge_tally {
 /// What a method says of itself when it says nothing. Derive from it, and hide what is otherwise.
 ///
 /// Beside these a method may have
-///   - `static std::vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)`: what
-///     in.beside(b) reads, as many for each tensor, in the order of tensors();
+///   - `static call_vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)` (or
+///     another list): what in.beside(b) reads, as many for each tensor, in the order of tensors();
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
 ///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
@@ -10096,7 +10192,7 @@ consteval bool check_method()
 class weight_divisor {
 public:
     /// Errors: invalid_argument where the weights sum to 0.
-    weight_divisor(const std::vector<double>& weights, bool normalized)
+    weight_divisor(std::span<const double> weights, bool normalized)
     {
         if (!normalized) { return; }
         single_ = 0;
@@ -10129,11 +10225,11 @@ private:
 /// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
 /// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
 ///
-///     const std::vector<double> weights = task_weights(options.weights, passes.tasks());
-[[nodiscard]] inline std::vector<double> task_weights(
-    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+///     const auto weights = task_weights(options.weights, passes.tasks());
+[[nodiscard]] inline call_vector<double> task_weights(
+    std::span<const double> weights, std::size_t tasks, bool negative_allowed = true)
 {
-    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.empty()) { return call_vector<double>(tasks, 1.0); }
     if (weights.size() != tasks) {
         raise<invalid_argument>(
             error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
@@ -10149,7 +10245,7 @@ private:
                     ": this method has no meaning for negative weights"));
         }
     }
-    return weights;
+    return {weights.begin(), weights.end()};
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -10524,7 +10620,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
 /// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
 template <class Types = storage_types, class Term>
-[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
+[[nodiscard]] call_vector<call_vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
     std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term);
 
 namespace detail {
@@ -10560,11 +10656,11 @@ private:
 } // namespace detail
 
 template <class Types, class Term>
-std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models, std::size_t width,
+call_vector<call_vector<double>> tensor_sums(const cpu& policy, const aligned_models& models, std::size_t width,
     std::size_t scratch_rows, std::string_view phase, Term&& term)
 {
     // Blocks are the leaves, whatever the chunks are.
-    std::vector<std::size_t> first_block{0};
+    call_vector<std::size_t> first_block(1, 0);
     for (const auto& tensor : models.tensors()) {
         first_block.push_back(first_block.back() + (tensor.size + block_size - 1) / block_size);
     }
@@ -10579,7 +10675,7 @@ std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_mo
                 first_block[models.chunks()[index].tensor] + static_cast<std::size_t>(rows.offset() / block_size);
             term(rows, leaves.data() + leaf * width);
         });
-    std::vector<std::vector<double>> sums(models.tensors().size(), std::vector<double>(width));
+    call_vector<call_vector<double>> sums(models.tensors().size(), call_vector<double>(width));
     for (std::size_t i = 0; i < sums.size(); ++i) {
         for (std::size_t which = 0; which < width; ++which) {
             detail::pairwise_sum sum;
@@ -10599,6 +10695,7 @@ std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_mo
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -10635,10 +10732,10 @@ public:
         return beside_[tensor * beside_each() + b];
     }
     /// A table where bodies can read it; it lives as long as the passes do.
-    template <class T>
-    [[nodiscard]] const T* keep(std::vector<T> table)
+    template <class T, class Allocator>
+    [[nodiscard]] const T* keep(std::vector<T, Allocator> table)
     {
-        auto kept = std::make_shared<std::vector<T>>(std::move(table));
+        auto kept = std::allocate_shared<std::vector<T, Allocator>>(call_allocator<T>(), std::move(table));
         const T* const data = kept->data();
         tables_.push_back(std::move(kept));
         return data;
@@ -10648,7 +10745,7 @@ private:
     const cpu* policy_;
     const aligned_models* models_;
     std::span<const aligned_tensor::operand> beside_;
-    std::vector<std::shared_ptr<const void>> tables_;
+    call_vector<std::shared_ptr<const void>> tables_;
 };
 
 /// The passes of models that are known, when the program is compiled, to store nothing but the types of a storage_list:
@@ -10667,9 +10764,9 @@ class kept_numbers {
 public:
     /// Keeps `numbers` as long as the passes live, in f32 and in f64.
     template <class Passes>
-    kept_numbers(Passes& passes, const std::vector<double>& numbers)
-        : single_(passes.keep(std::vector<float>(numbers.begin(), numbers.end())))
-        , wide_(passes.keep(numbers))
+    kept_numbers(Passes& passes, std::span<const double> numbers)
+        : single_(passes.keep(call_vector<float>(numbers.begin(), numbers.end())))
+        , wide_(passes.keep(call_vector<double>(numbers.begin(), numbers.end())))
     { }
     /// The numbers in A, where bodies can read them.
     template <arithmetic_element A>
@@ -10708,8 +10805,8 @@ const A* operand_row(const cpu_passes& passes, row_block<A>& rows, std::uint32_t
 ///
 ///     const auto squares = tensor_dots(passes, {{1, 1}}, true); // ‖τ1‖² of every tensor
 template <std::derived_from<cpu_passes> Passes>
-[[nodiscard]] std::vector<std::vector<double>> tensor_dots(
-    Passes& passes, const std::vector<operand_pair>& pairs, bool difference, std::string_view phase = "sums")
+[[nodiscard]] call_vector<call_vector<double>> tensor_dots(
+    Passes& passes, std::span<const operand_pair> pairs, bool difference, std::string_view phase = "sums")
 {
     const std::size_t tasks = passes.tasks();
     return tensor_sums<storage_of<Passes>>(
@@ -10745,6 +10842,15 @@ template <std::derived_from<cpu_passes> Passes>
                 *sum++ = x && y ? kernels::dot(x, y, rows.size()) : 0.0;
             }
         });
+}
+
+
+/// The same of pairs in braces.
+template <class Passes>
+[[nodiscard]] call_vector<call_vector<double>> tensor_dots(
+    Passes& passes, std::initializer_list<operand_pair> pairs, bool difference, std::string_view phase = "sums")
+{
+    return tensor_dots(passes, std::span<const operand_pair>(pairs.begin(), pairs.size()), difference, phase);
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -10807,7 +10913,7 @@ public:
 
 private:
     const aligned_models* models_;
-    std::vector<std::size_t> first_of_{0}, steps_;
+    call_vector<std::size_t> first_of_ = call_vector<std::size_t>(1, 0), steps_;
 };
 
 namespace detail {
@@ -10860,7 +10966,7 @@ public:
     }
 
 private:
-    cpu policy_;
+    const cpu& policy_;
     const aligned_models* models_;
     const row_pieces* pieces_;
     std::pmr::vector<block_workspace> workspaces_;
@@ -11057,7 +11163,7 @@ inline void check_aliases(
         const std::byte *begin, *end;
         std::size_t tensor;
     };
-    std::vector<range> written;
+    call_vector<range> written;
     for (std::size_t i = 0; i < models.tensors().size(); ++i) {
         const auto& tensor = models.tensors()[i];
         if (auto* const begin = static_cast<const std::byte*>(out.direct(tensor.output)); begin && tensor.size > 0) {
@@ -11102,14 +11208,14 @@ inline void check_aliases(
 /// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space
 /// `space`.
 template <class Options>
-[[nodiscard]] std::vector<aligned_tensor::operand> operands_beside(
+[[nodiscard]] auto operands_beside(
     const Options& options, const aligned_models& models, memory_space space)
 {
     if constexpr (requires { method<Options>::beside(options, models, space); }) {
         return method<Options>::beside(options, models, space);
     }
     else {
-        return {};
+        return call_vector<aligned_tensor::operand>();
     }
 }
 
@@ -11122,18 +11228,20 @@ using read_types = std::conditional_t<requires(const Options& options, const ali
 /// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
 /// data.
 template <class Options>
-[[nodiscard]] std::vector<companion> companions_of(const Options& options, const aligned_models& models,
+[[nodiscard]] auto companions_of(const Options& options, const aligned_models& models,
     memory_space space, std::span<const aligned_tensor::operand> beside)
 {
     if constexpr (requires { method<Options>::companions(options, models, space); }) {
         return method<Options>::companions(options, models, space);
     }
-    std::vector<companion> companions;
-    for (std::size_t i = 0; i < beside.size(); ++i) {
-        const std::size_t tensor = i / (beside.size() / models.tensors().size());
-        companions.push_back({tensor, beside[i].data, byte_count(beside[i].dtype, models.tensors()[tensor].size)});
+    else {
+        call_vector<companion> companions;
+        for (std::size_t i = 0; i < beside.size(); ++i) {
+            const std::size_t tensor = i / (beside.size() / models.tensors().size());
+            companions.push_back({tensor, beside[i].data, byte_count(beside[i].dtype, models.tensors()[tensor].size)});
+        }
+        return companions;
     }
-    return companions;
 }
 
 /// Stores merged rows as the output's dtype, in place where the sink has memory, otherwise chunk by chunk.
@@ -12184,7 +12292,8 @@ void check_merge(const cpu& policy, const Options& options, const aligned_models
     if (method<Options>::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
-    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
+    const detail::call_memory memory(policy.memory);
+    const auto beside = detail::operands_beside(options, models, memory_space::host);
     cpu_passes passes(policy, models, beside);
     static_cast<void>(method<Options>(passes, options));
 }
@@ -12219,7 +12328,8 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
-    const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::host);
+    const call_memory memory(policy.memory);
+    const auto beside = operands_beside(options, models, memory_space::host);
     check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
     typed_passes<Types> passes(policy, models, beside);
     method_type prepared(passes, options);
@@ -13307,14 +13417,14 @@ struct enum_words<disjoint_merge> {
 /// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
 /// mean, and in the test of agreement (where only its sign counts).
 struct election_weights {
-    std::vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
+    call_vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
 };
 
 /// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
 template <arithmetic_element A>
-[[nodiscard]] std::vector<A> election_factors(const election_weights& weights)
+[[nodiscard]] call_vector<A> election_factors(const election_weights& weights)
 {
-    std::vector<A> factors;
+    call_vector<A> factors;
     for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
         for (const double weight : *list) { factors.push_back(static_cast<A>(weight)); }
     }
@@ -13551,7 +13661,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
 /// 1e-7, as in mergekit. Cost: one read of the models. On the CPU only: invalid_argument elsewhere.
 template <class Passes, class Keep>
-[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep);
+[[nodiscard]] call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep);
 
 namespace kernels {
 
@@ -13618,7 +13728,7 @@ void keep_row(const row_block<A>& rows, const Rule& rule, std::size_t t, const A
 } // namespace detail
 
 template <class Passes, class Keep>
-std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
+call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep)
 {
     if constexpr (Passes::space != memory_space::host) {
         static_cast<void>(keep);
@@ -14134,7 +14244,7 @@ public:
     }
 
     /// counts[t] of task vector t are kept. `walks` receives how often the data were read from end to end.
-    std::vector<top_k_threshold<A>> run(std::span<const std::uint64_t> counts, unsigned* walks)
+    call_vector<top_k_threshold<A>> run(std::span<const std::uint64_t> counts, unsigned* walks)
     {
         channels_.resize(counts.size());
         for (std::size_t t = 0; t < counts.size(); ++t) {
@@ -14146,7 +14256,7 @@ public:
         walks_ = 0;
         while (!std::all_of(channels_.begin(), channels_.end(), [](const channel& c) { return c.done; })) { round(); }
         if (walks) { *walks = walks_; }
-        std::vector<top_k_threshold<A>> thresholds;
+        call_vector<top_k_threshold<A>> thresholds;
         for (const auto& c : channels_) { thresholds.push_back(c.threshold); }
         return thresholds;
     }
@@ -14160,7 +14270,7 @@ private:
 
     void round()
     {
-        std::vector<attempt> attempts(channels_.size());
+        call_vector<attempt> attempts(channels_.size());
         auto samples = sample();
         for (std::size_t t = 0; t < channels_.size(); ++t) {
             if (!channels_[t].done) { plan(channels_[t], attempts[t], samples[t]); }
@@ -14239,7 +14349,7 @@ private:
         a.shift = width > bin_bits ? width - bin_bits : 0;
     }
 
-    void walk(const std::vector<attempt>& attempts, seen_of_channels& seen)
+    void walk(const call_vector<attempt>& attempts, seen_of_channels& seen)
     {
         const std::size_t count = range_.last - range_.first,
                           share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
@@ -14461,9 +14571,17 @@ private:
     std::pmr::memory_resource* memory_;
     std::pmr::vector<block_workspace> workspaces_;
     std::uint64_t elements_ = 0, begin_ = 0;
-    std::vector<channel> channels_;
+    call_vector<channel> channels_;
     unsigned walks_ = 0;
 };
+
+/// top_k_thresholds(), as a list of the call.
+template <arithmetic_element A, class Types>
+[[nodiscard]] call_vector<top_k_threshold<A>> found_thresholds(const cpu& policy, const aligned_models& models,
+    chunk_range range, std::span<const std::uint64_t> counts, std::size_t capacity, unsigned* walks)
+{
+    return top_k_search<A, Types>(policy, models, range, std::max<std::size_t>(1024, capacity)).run(counts, walks);
+}
 
 } // namespace detail
 
@@ -14479,8 +14597,9 @@ template <arithmetic_element A, class Types = storage_types>
     chunk_range range, std::span<const std::uint64_t> counts, std::size_t capacity = std::size_t{1} << 22,
     unsigned* walks = nullptr)
 {
-    return detail::top_k_search<A, Types>(policy, models, range, std::max<std::size_t>(1024, capacity))
-        .run(counts, walks);
+    const detail::call_memory memory(policy.memory);
+    const auto found = detail::found_thresholds<A, Types>(policy, models, range, counts, capacity, walks);
+    return {found.begin(), found.end()};
 }
 
 /// The threshold that keeps the k entries of largest magnitude of a flat view, lowest index first among equals.
@@ -14587,14 +14706,14 @@ struct top_k_by_sampling {
     std::size_t at_once = 1; ///< how many such searches there are at a time, which share the budget
 
     template <arithmetic_element A>
-    [[nodiscard]] std::vector<top_k_threshold<A>> operator()(
+    [[nodiscard]] call_vector<top_k_threshold<A>> operator()(
         std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) const
     {
         // Half the budget for what a pass collects, for all tasks together.
         const std::size_t capacity =
             std::min(std::size_t{1} << 22, models->options().memory / 2 / (models->task_count() * sizeof(A) * at_once));
         const chunk_range chunks{models->first_chunk(range.first), models->first_chunk(range.last)};
-        return top_k_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
+        return found_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
     }
 
     /// Calls f(tensor, search) for every tensor, with what searches that tensor: several tensors at a time on a thread
@@ -14616,12 +14735,14 @@ struct top_k_by_sampling {
             if (!meter.advance(bytes)) { raise<cancelled>(error_code::cancelled); }
             return bytes;
         };
-        cpu together{policy->threads, policy->executor, policy->memory, {}};
+        cpu reporting; // a copy that tells of the place among all tensors, where somebody is told
         if (policy->progress) {
-            together.progress = [&](const progress_event& event) {
+            reporting = *policy;
+            reporting.progress = [&](const progress_event& event) {
                 return policy->progress({event.phase, before + event.done, total, event.unit});
             };
         }
+        const cpu& together = policy->progress ? reporting : *policy;
         const cpu alone = sequential(*policy);
         for (std::size_t i = 0, end = 0; i < tensors.size(); i = end) {
             end = i + 1;
@@ -14656,9 +14777,9 @@ public:
     { }
     /// `each`: one for each task, or none for `all`. `what`: "densities", for messages. Errors: invalid_argument where
     /// there are not as many as tasks.
-    task_shares(double all, std::vector<double> each, std::size_t tasks, std::string_view what)
+    task_shares(double all, std::span<const double> each, std::size_t tasks, std::string_view what)
         : all_(all)
-        , each_(std::move(each))
+        , each_(each.begin(), each.end())
     {
         if (!each_.empty() && each_.size() != tasks) {
             raise<invalid_argument>(error_code::list_length,
@@ -14670,7 +14791,7 @@ public:
 
 private:
     double all_;
-    std::vector<double> each_{};
+    call_vector<double> each_{};
 };
 
 /// Thresholds of every task vector, over the whole model or for each tensor.
@@ -14744,15 +14865,15 @@ public:
 private:
     template <arithmetic_element A, class Count, class Search>
     void find(const aligned_models& models, const Count& count, bool equals, const Search& search,
-        std::vector<top_k_threshold<A>>& thresholds)
+        call_vector<top_k_threshold<A>>& thresholds)
     {
         const std::size_t scopes = per_tensor_ ? models.tensors().size() : 1;
         const top_k_threshold<A> none{static_cast<bits_type<A>>(~sign_mask<A>), 0}; // above every magnitude
         thresholds.assign(scopes * tasks_, none);
-        std::vector<unsigned> walks(scopes, 0);
+        call_vector<unsigned> walks(scopes, 0);
         const auto find_in = [&](std::size_t at, tensor_range range, std::uint64_t n, const auto& found_by) {
-            std::vector<std::uint64_t> counts;
-            std::vector<bool> empty;
+            call_vector<std::uint64_t> counts;
+            call_vector<bool> empty;
             for (std::size_t t = 0; t < tasks_; ++t) {
                 std::uint64_t k = 0;
                 if constexpr (std::invocable<const Count&, std::uint64_t, std::size_t>) { k = count(n, t); }
@@ -14784,8 +14905,8 @@ private:
         for (const unsigned taken : walks) { walks_ = std::max(walks_, taken); }
     }
 
-    std::vector<top_k_threshold<float>> single_;
-    std::vector<top_k_threshold<double>> wide_;
+    call_vector<top_k_threshold<float>> single_;
+    call_vector<top_k_threshold<double>> wide_;
     bool per_tensor_;
     std::size_t tasks_;
     unsigned walks_ = 0;
@@ -14901,8 +15022,8 @@ private:
     {
         walks_ = found.walks();
         const std::size_t rows = per_tensor_ ? passes.models().tensors().size() : 1;
-        std::vector<bounds<float>> single;
-        std::vector<bounds<double>> wide;
+        call_vector<bounds<float>> single;
+        call_vector<bounds<double>> wide;
         for (std::size_t row = 0; row < rows; ++row) {
             for (std::size_t t = 0; t < tasks_; ++t) {
                 single.emplace_back(found.get<float>(row, t));
@@ -15052,15 +15173,26 @@ namespace detail {
     return options.zero_sign == zero_sign::none ? 0 : 1;
 }
 
+/// What elections go by, of options whose weights and densities have been taken up.
+[[nodiscard]] inline ties_options election_rules(const ties_options& options)
+{
+    ties_options rules;
+    rules.lambda = options.lambda;
+    rules.scope = options.scope;
+    rules.combine = options.combine;
+    rules.zero_sign = options.zero_sign;
+    return rules;
+}
+
 /// What zero sums of each tensor elect, from the sums of the signs that each elected; by the majority of the scope.
-[[nodiscard]] inline std::vector<int> majority_signs(const ties_options& options, std::vector<std::int64_t> sums)
+[[nodiscard]] inline call_vector<int> majority_signs(const ties_options& options, call_vector<std::int64_t> sums)
 {
     if (options.scope == scope::model) {
         std::int64_t total = 0;
         for (const auto sum : sums) { total += sum; }
         sums.assign(sums.size(), total);
     }
-    std::vector<int> signs;
+    call_vector<int> signs;
     for (const auto sum : sums) { signs.push_back(majority_sign(options, sum)); }
     return signs;
 }
@@ -15069,9 +15201,9 @@ namespace detail {
 [[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
 {
     const auto weights = task_weights(options.weights, tasks, options.negative_weights);
-    const std::vector<double> ones(tasks, 1.0);
+    const call_vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
-        options.combine != disjoint_merge::mean ? std::vector<double>(tasks, 0.0)
+        options.combine != disjoint_merge::mean ? call_vector<double>(tasks, 0.0)
             : options.divide_by_count           ? ones
                                                 : weights,
         options.agree_when_weighted ? weights : ones};
@@ -15123,7 +15255,7 @@ public:
         const bool majority =
             options_.zero_sign == zero_sign::majority || options_.zero_sign == zero_sign::majority_or_negative;
         if (!majority) { return false; }
-        std::vector<std::int64_t> sums;
+        call_vector<std::int64_t> sums;
         for (const auto& tally : of_tensors) {
             sums.push_back(static_cast<std::int64_t>(
                 tally.counts[election_counts::positive] - tally.counts[election_counts::negative]));
@@ -15146,7 +15278,7 @@ private:
     template <class Passes, class MakeKeep>
     sign_election_method(
         Passes& passes, const ties_options& options, const election_weights& weights, const MakeKeep& keep)
-        : options_(options)
+        : options_(detail::election_rules(options))
         , keep_(keep())
         , stride_(options.rescale ? 4 * weights.value.size() : 0)
         , unit_(options.combine == disjoint_merge::mean && !options.rescale && !passes.models().options().statistics)
@@ -15155,8 +15287,8 @@ private:
         for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
             for (const double weight : *list) { unit_ = unit_ && weight == 1.0; }
         }
-        std::vector<float> single = election_factors<float>(weights);
-        std::vector<double> wide = election_factors<double>(weights);
+        auto single = election_factors<float>(weights);
+        auto wide = election_factors<double>(weights);
         if (options.rescale) {
             single.clear();
             wide.clear();
@@ -15182,7 +15314,7 @@ private:
     const double* wide_ = nullptr;
     std::size_t stride_; // from a tensor's factors to the next's: 0 where all have the same
     bool unit_; // weights of 1 and means, not counted: the short body will do
-    std::vector<int> signs_; // for each tensor, what a zero sum elects
+    call_vector<int> signs_; // for each tensor, what a zero sum elects
 };
 
 template <>
@@ -15377,10 +15509,10 @@ private:
         std::uint64_t left = 0; ///< how many of that magnitude may still be kept
     };
 
-    [[nodiscard]] static std::vector<T> factors(const ties_options& how, std::size_t tasks)
+    [[nodiscard]] static call_vector<T> factors(const ties_options& how, std::size_t tasks)
     {
         const auto weights = task_weights(how.weights, tasks, how.negative_weights);
-        const std::vector<double> ones(tasks, 1.0);
+        const call_vector<double> ones(tasks, 1.0);
         election_weights factors{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
             how.agree_when_weighted ? weights : ones};
         if (how.combine != disjoint_merge::mean) { factors.divide.assign(tasks, 0.0); }
@@ -15493,7 +15625,7 @@ private:
     std::size_t tasks_;
     std::vector<shared_layer<T>> layers_;
     task_shares density_;
-    std::vector<T> factors_; ///< of the election
+    call_vector<T> factors_; ///< of the election
     std::pmr::vector<T> products_, merged_, zeros_;
     std::vector<trimming> rules_; ///< of the layer that comes next
     int zero_ = how_.zero_sign == zero_sign::none ? 0 : 1; ///< what a sum of 0 elects, until the majority is known
@@ -16047,7 +16179,8 @@ double cosine(const cpu& policy, const X& x, const Y& y)
 
 namespace detail {
 /// A symmetric matrix from the sums of its upper triangle, row by row, tensor by tensor.
-[[nodiscard]] inline std::vector<double> symmetric_dots(const std::vector<std::vector<double>>& sums, std::size_t tasks)
+[[nodiscard]] inline std::vector<double> symmetric_dots(
+    const call_vector<call_vector<double>>& sums, std::size_t tasks)
 {
     std::vector<double> matrix(tasks * tasks, 0.0);
     std::size_t pair = 0;
@@ -22231,8 +22364,8 @@ private:
 
     const aligned_models* models_;
     row_pieces pieces_;
-    std::vector<std::uint64_t> first_row_;
-    std::vector<double> divergences_, thresholds_;
+    call_vector<std::uint64_t> first_row_;
+    call_vector<double> divergences_, thresholds_;
     std::uint64_t searched_ = 0; // bytes read for quartiles
 };
 
@@ -22299,6 +22432,7 @@ struct pair_body {
 #endif // TASKVEC_SINGLE_METHODS_LINEAR_BODY_HPP
 
 #include <cstddef>
+#include <span>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -22330,8 +22464,13 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : weights_(task_weights(options.weights, passes.tasks()))
-        , normalize_(options.normalize)
+        : method(passes, task_weights(options.weights, passes.tasks()), options.normalize)
+    { }
+    /// Of one weight for each task. Errors: invalid_argument where they sum to 0.
+    template <class Passes>
+    method(Passes& passes, std::span<const double> weights, bool normalize)
+        : weights_(weights.begin(), weights.end())
+        , normalize_(normalize)
         , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
@@ -22355,7 +22494,7 @@ private:
         return sum;
     }
 
-    std::vector<double> weights_;
+    call_vector<double> weights_;
     bool normalize_;
     kept_numbers numbers_;
 };
@@ -22428,13 +22567,13 @@ public:
     {
         auto weights = task_weights(options.weights, passes.tasks());
         if (rescale) {
-            std::vector<double> scaled;
+            call_vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
                 for (std::size_t t = 0; t < factors.size(); ++t) { scaled.push_back(weights[t] * factors[t]); }
             }
             weights = std::move(scaled);
         }
-        single_ = passes.keep(std::vector<float>(weights.begin(), weights.end()));
+        single_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
         wide_ = passes.keep(std::move(weights));
     }
     template <arithmetic_element A, class Rule>
@@ -22870,6 +23009,32 @@ namespace detail {
     return (1 + std::cos(std::numbers::pi * x)) / 2;
 }
 
+/// checkpoint_weights(), as a list of the call.
+[[nodiscard]] inline call_vector<double> weights_of_checkpoints(
+    const checkpoint_average_options& options, std::size_t count)
+{
+    if (!(options.decay > 0 && options.decay <= 1)) {
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("decay is ", options.decay, "; expected a factor in (0, 1], such as 0.9"));
+    }
+    call_vector<double> weights;
+    const double n = static_cast<double>(count);
+    double sum = 0;
+    for (std::size_t t = 0; t < count; ++t) {
+        const double x = static_cast<double>(t);
+        switch (options.schedule) {
+        case checkpoint_schedule::uniform: weights.push_back(1); break;
+        case checkpoint_schedule::ema: weights.push_back(std::pow(options.decay, n - 1 - x)); break;
+        case checkpoint_schedule::wsm:
+            weights.push_back(decayed(options.shape, x / n) - decayed(options.shape, (x + 1) / n));
+            break;
+        }
+        sum += weights.back();
+    }
+    for (double& weight : weights) { weight /= sum; }
+    return weights;
+}
+
 } // namespace detail
 
 /// The weights of `count` checkpoints, the oldest first; their sum is 1 up to rounding. Errors: invalid_argument unless
@@ -22880,26 +23045,8 @@ namespace detail {
 [[nodiscard]] inline std::vector<double> checkpoint_weights(
     const checkpoint_average_options& options, std::size_t count)
 {
-    if (!(options.decay > 0 && options.decay <= 1)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("decay is ", options.decay, "; expected a factor in (0, 1], such as 0.9"));
-    }
-    std::vector<double> weights;
-    const double n = static_cast<double>(count);
-    double sum = 0;
-    for (std::size_t t = 0; t < count; ++t) {
-        const double x = static_cast<double>(t);
-        switch (options.schedule) {
-        case checkpoint_schedule::uniform: weights.push_back(1); break;
-        case checkpoint_schedule::ema: weights.push_back(std::pow(options.decay, n - 1 - x)); break;
-        case checkpoint_schedule::wsm:
-            weights.push_back(detail::decayed(options.shape, x / n) - detail::decayed(options.shape, (x + 1) / n));
-            break;
-        }
-        sum += weights.back();
-    }
-    for (double& weight : weights) { weight /= sum; }
-    return weights;
+    const auto weights = detail::weights_of_checkpoints(options, count);
+    return {weights.begin(), weights.end()};
 }
 
 template <>
@@ -22907,7 +23054,7 @@ class method<checkpoint_average_options> : public method<average_options> {
 public:
     template <class Passes>
     method(Passes& passes, const checkpoint_average_options& options)
-        : method<average_options>(passes, average_options{.weights = checkpoint_weights(options, passes.tasks())})
+        : method<average_options>(passes, detail::weights_of_checkpoints(options, passes.tasks()), true)
     { }
 };
 
@@ -23091,7 +23238,7 @@ public:
         }
         A* const deltas = memory.rows<A>(tasks_, size);
         read_deltas(rows, piece, deltas);
-        std::vector<double> dots(pair_count()), factors(factors_);
+        call_vector<double> dots(pair_count()), factors(factors_);
         for (std::size_t at = 0; at < size; at += width) {
             std::size_t pair = 0;
             for (std::size_t i = 0; i < tasks_; ++i) {
@@ -23158,8 +23305,8 @@ private:
     {
         if constexpr (Passes::space == memory_space::device) {
             const std::size_t vectors = number_vectors([](const vector_layout&) { return true; });
-            const std::vector<double> dots = vector_dots(passes.walked(), layouts_, first_, vectors);
-            std::vector<double> factors(vectors * factors_);
+            const auto dots = vector_dots(passes.walked(), layouts_, first_, vectors);
+            call_vector<double> factors(vectors * factors_);
             for (std::size_t v = 0; v < vectors; ++v) {
                 rule_(dots.data() + v * pair_count(), factors.data() + v * factors_);
             }
@@ -23177,7 +23324,7 @@ private:
     template <class Types>
     void sum_columns(const cpu& policy)
     {
-        std::vector<strip> strips;
+        call_vector<strip> strips;
         std::uint64_t bytes = 0;
         for (std::size_t i = 0; i < layouts_.size(); ++i) {
             if (!layouts_[i].columns) { continue; }
@@ -23206,7 +23353,7 @@ private:
         const std::size_t height = tensor.size / width;
         const std::size_t at_once = part.count == width ? std::max<std::size_t>(block_size / width, 1) : 1;
         std::pmr::vector<double> sums(pair_count() * part.count, memory);
-        std::vector<const A*> deltas(tasks_);
+        call_vector<const A*> deltas(tasks_);
         for (std::size_t row = 0; row < height; row += at_once) {
             const std::size_t n = std::min(at_once, height - row);
             rows.open(tensor, row * width + part.first, n * part.count);
@@ -23222,7 +23369,7 @@ private:
             }
             rows.check_finite();
         }
-        std::vector<double> dots(pair_count());
+        call_vector<double> dots(pair_count());
         for (std::size_t c = 0; c < part.count; ++c) {
             for (std::size_t pair = 0; pair < dots.size(); ++pair) { dots[pair] = sums[pair * part.count + c]; }
             rule_(dots.data(), table_.data() + (first_[part.tensor] + part.first + c) * factors_);
@@ -23233,8 +23380,8 @@ private:
     std::size_t tasks_, factors_;
     Rule rule_;
     row_pieces pieces_;
-    std::vector<vector_layout> layouts_; // of each tensor; empty where tensors are whole vectors
-    std::vector<std::uint64_t> first_; // vector of each tensor in the table
+    call_vector<vector_layout> layouts_; // of each tensor; empty where tensors are whole vectors
+    call_vector<std::uint64_t> first_; // vector of each tensor in the table
     std::pmr::vector<double> table_; // [vector][factor] of columns, on the CPU
     std::optional<kept_numbers> kept_; // of all vectors, on devices
 };
@@ -23274,6 +23421,7 @@ private:
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -23331,7 +23479,7 @@ namespace detail {
 class gram_matrix {
 public:
     /// From the dots of i and j ≤ i, in that order.
-    gram_matrix(std::size_t count, std::vector<double> dots)
+    gram_matrix(std::size_t count, call_vector<double> dots)
         : count_(count)
         , dots_(std::move(dots))
     { }
@@ -23342,14 +23490,14 @@ public:
     }
     [[nodiscard]] double norm(std::size_t i) const noexcept { return std::sqrt((*this)(i, i)); }
     /// The dot product of vector i with Σ factors[j]·(vector j).
-    [[nodiscard]] double dot(std::size_t i, const std::vector<double>& factors) const noexcept
+    [[nodiscard]] double dot(std::size_t i, std::span<const double> factors) const noexcept
     {
         double sum = 0;
         for (std::size_t j = 0; j < count_; ++j) { sum += factors[j] * (*this)(i, j); }
         return sum;
     }
     /// ‖Σ factors[j]·(vector j)‖.
-    [[nodiscard]] double norm(const std::vector<double>& factors) const noexcept
+    [[nodiscard]] double norm(std::span<const double> factors) const noexcept
     {
         double sum = 0;
         for (std::size_t i = 0; i < count_; ++i) { sum += factors[i] * dot(i, factors); }
@@ -23358,19 +23506,19 @@ public:
 
 private:
     std::size_t count_;
-    std::vector<double> dots_;
+    call_vector<double> dots_;
 };
 
 /// The dot products of the tasks of every tensor, or, on a base, of their task vectors. One read of the models.
 template <class Passes>
-[[nodiscard]] std::vector<gram_matrix> gram_matrices(Passes& passes, bool on_base, std::string_view phase)
+[[nodiscard]] call_vector<gram_matrix> gram_matrices(Passes& passes, bool on_base, std::string_view phase)
 {
     const auto tasks = static_cast<std::uint32_t>(passes.tasks());
-    std::vector<operand_pair> pairs;
+    call_vector<operand_pair> pairs;
     for (std::uint32_t i = 0; i < tasks; ++i) {
         for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
     }
-    std::vector<gram_matrix> matrices;
+    call_vector<gram_matrix> matrices;
     for (auto& sums : tensor_dots(passes, pairs, on_base, phase)) { matrices.emplace_back(tasks, std::move(sums)); }
     return matrices;
 }
@@ -23395,7 +23543,7 @@ protected:
     /// body.
     template <class Passes, class Rule>
     combination_method(Passes& passes, bool on_base, const Rule& factors_of, bool whole = true)
-        : factors_(passes, whole ? all_factors(passes, on_base, factors_of) : std::vector<double>())
+        : factors_(passes, whole ? all_factors(passes, on_base, factors_of) : call_vector<double>())
         , tasks_(passes.tasks())
         , on_base_(on_base)
     { }
@@ -23404,12 +23552,12 @@ protected:
 
 private:
     template <class Passes, class Rule>
-    [[nodiscard]] static std::vector<double> all_factors(Passes& passes, bool on_base, const Rule& factors_of)
+    [[nodiscard]] static call_vector<double> all_factors(Passes& passes, bool on_base, const Rule& factors_of)
     {
-        std::vector<double> all;
+        call_vector<double> all;
         std::size_t tensor = 0;
         for (const auto& dots : detail::gram_matrices(passes, on_base, "angles")) {
-            const std::vector<double> factors = factors_of(dots, tensor++);
+            const auto factors = factors_of(dots, tensor++);
             all.insert(all.end(), factors.begin(), factors.end());
         }
         return all;
@@ -23484,7 +23632,7 @@ public:
     keep_random(Passes& passes, const task_shares& density, std::uint64_t seed, bool divided = true)
         : divisors_(passes, divisors_of(passes.tasks(), density, divided))
     {
-        std::vector<std::uint64_t> bounds;
+        call_vector<std::uint64_t> bounds;
         for (std::size_t t = 0; t < passes.tasks(); ++t) {
             bounds.push_back(keep_below(density.of(t)));
             draws_ = draws_ || (bounds.back() != 0 && bounds.back() >> 32 == 0);
@@ -23510,9 +23658,9 @@ private:
         return density;
     }
 
-    [[nodiscard]] static std::vector<double> divisors_of(std::size_t tasks, const task_shares& density, bool divided)
+    [[nodiscard]] static call_vector<double> divisors_of(std::size_t tasks, const task_shares& density, bool divided)
     {
-        std::vector<double> divisors;
+        call_vector<double> divisors;
         for (std::size_t t = 0; t < tasks; ++t) {
             const double share = checked(density.of(t));
             divisors.push_back(divided ? share : 1.0);
@@ -23523,7 +23671,7 @@ private:
     kept_numbers divisors_;
     const std::uint64_t* bounds_ = nullptr;
     bool draws_ = false;
-    std::vector<std::uint64_t> keys_;
+    call_vector<std::uint64_t> keys_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -23869,7 +24017,7 @@ public:
 
     /// Σ|τ| / Σ|kept τ| for every tensor and task, as l1_factors() says of other rules.
     template <class Types>
-    [[nodiscard]] std::vector<std::vector<double>> l1_factors() const
+    [[nodiscard]] call_vector<call_vector<double>> l1_factors() const
     {
         const std::size_t tasks = densities_.size();
         std::pmr::memory_resource* const memory = memory_of(policy_);
@@ -23894,7 +24042,7 @@ public:
                     leaves[2 * (index * tasks + t) + 1] = kept;
                 }
             });
-        std::vector<std::vector<double>> factors;
+        call_vector<call_vector<double>> factors;
         for (std::size_t i = 0; i < models_->tensors().size(); ++i) {
             factors.emplace_back();
             for (std::size_t t = 0; t < tasks; ++t) {
@@ -23981,18 +24129,18 @@ private:
         return densities_[t] - epsilons_[t] + 2 * epsilons_[t] * static_cast<double>(rank) / static_cast<double>(n - 1);
     }
 
-    cpu policy_;
+    const cpu& policy_;
     const aligned_models* models_;
     rank_axis axis_;
     bool divided_;
     row_pieces pieces_;
-    std::vector<double> densities_, epsilons_;
-    std::vector<std::uint64_t> keys_;
+    call_vector<double> densities_, epsilons_;
+    call_vector<std::uint64_t> keys_;
 };
 
 /// The same of ranked entries, which are looked at in whole rows.
 template <class Passes>
-[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes&, const keep_ranked& keep)
+[[nodiscard]] call_vector<call_vector<double>> l1_factors(Passes&, const keep_ranked& keep)
 {
     return keep.l1_factors<storage_of<Passes>>();
 }
@@ -24246,7 +24394,7 @@ public:
                         message("tensor '", tensor.name, "' is missing in ", fishers_label(labels, t, models),
                             ": collect statistics for every parameter, or exclude the tensor"));
                 }
-                check_fisher(*fisher, tensor, fishers_label(labels, t, models), space);
+                check_fisher(*fisher, tensor, [&] { return fishers_label(labels, t, models); }, space);
                 operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
                 companions_.push_back({i, operands_[i * tasks + t].data, byte_count(fisher->dtype, tensor.size)});
             }
@@ -24254,32 +24402,32 @@ public:
     }
 
     /// Ft of each tensor, [tensor][task]; null data where it counts as 0.
-    [[nodiscard]] const std::vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
-    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
+    [[nodiscard]] const call_vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
+    [[nodiscard]] const call_vector<companion>& companions() const noexcept { return companions_; }
 
 private:
     static void check_fisher(
-        const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
+        const const_tensor_ref& fisher, const aligned_tensor& tensor, function_ref<std::string()> where, memory_space space)
     {
         if (fisher.shape != tensor.shape) {
             raise<shape_mismatch>(error_code::statistics_shape,
-                message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where, " but ",
+                message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where(), " but ",
                     to_string(tensor.shape), " in the models: these are the statistics of another model"));
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_unsupported,
-                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where, "; expected ",
+                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where(), "; expected ",
                     storage_names(), ": convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
             raise<invalid_argument>(error_code::tensor_layout,
-                message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                message("tensor '", tensor.name, "' of ", where(), " must be contiguous ",
                     space == memory_space::host ? "host" : "device", " memory: copy it first"));
         }
     }
 
-    std::vector<aligned_tensor::operand> operands_;
-    std::vector<companion> companions_;
+    call_vector<aligned_tensor::operand> operands_;
+    call_vector<companion> companions_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI::detail
@@ -24290,6 +24438,7 @@ private:
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -24387,9 +24536,9 @@ namespace detail {
 }
 
 /// Throws unless the weights mean something. Returns the weights ct.
-[[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
+[[nodiscard]] inline call_vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
 {
-    std::vector<double> weights = task_weights(options.weights, tasks, false);
+    auto weights = task_weights(options.weights, tasks, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
@@ -24399,10 +24548,10 @@ namespace detail {
 }
 
 /// ct/‖Ft‖ for each task, from Σ Ft² of every tensor, [tensor][task]; 0 for a Fisher that is all 0.
-[[nodiscard]] inline std::vector<double> normalized_fisher_weights(
-    const std::vector<double>& weights, const std::vector<std::vector<double>>& squares)
+template <class Squares>
+[[nodiscard]] call_vector<double> normalized_fisher_weights(std::span<const double> weights, const Squares& squares)
 {
-    std::vector<double> factors;
+    call_vector<double> factors;
     for (std::size_t t = 0; t < weights.size(); ++t) {
         double square = 0;
         for (const auto& of_tensor : squares) { square += of_tensor[t]; }
@@ -24426,7 +24575,7 @@ public:
     static constexpr bool needs_base = false;
     static constexpr bool beside_not_negative = true;
 
-    [[nodiscard]] static std::vector<aligned_tensor::operand> beside(
+    [[nodiscard]] static call_vector<aligned_tensor::operand> beside(
         const fisher_options& options, const aligned_models& models, memory_space space)
     {
         return detail::aligned_fishers(models, options.fishers, options.labels, space).operands();
@@ -24434,7 +24583,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const fisher_options& options)
-        : options_(options)
+        : options_(&options)
         , weights_(detail::checked_fisher_weights(options, passes.tasks()))
         , plain_(passes, weights_)
         , factors_(plain_)
@@ -24449,7 +24598,7 @@ public:
         }
         if (!options.normalize) { return; }
         bytes_ *= 2;
-        std::vector<operand_pair> squares;
+        call_vector<operand_pair> squares;
         for (std::uint32_t t = 0; t < tasks; ++t) { squares.push_back({1 + tasks + t, 1 + tasks + t}); }
         const auto sums = tensor_dots(passes, squares, false, "Fisher norms");
         factors_ = kept_numbers(passes, detail::normalized_fisher_weights(weights_, sums));
@@ -24459,21 +24608,21 @@ public:
     {
         A total = 0;
         for (const double weight : weights_) { total += static_cast<A>(weight); }
-        return {factors_.get<A>(), plain_.get<A>(), total, detail::fisher_floor<A>(options_)};
+        return {factors_.get<A>(), plain_.get<A>(), total, detail::fisher_floor<A>(*options_)};
     }
     /// Reports what no Fisher may hold.
     [[noreturn]] void refuse_beside(
         const aligned_models& models, std::size_t tensor, std::size_t t, double found, std::uint64_t index) const
     {
-        const std::string where = detail::fisher_label(options_, t, models);
+        const std::string where = detail::fisher_label(*options_, t, models);
         if (std::isfinite(found)) { detail::refuse_fisher_negative(models, tensor, where, found, index); }
         detail::refuse_fisher_nonfinite(models, tensor, where, found, index);
     }
     [[nodiscard]] std::uint64_t bytes_beside() const noexcept { return bytes_; }
 
 private:
-    fisher_options options_;
-    std::vector<double> weights_; // ct
+    const fisher_options* options_; // the caller's
+    call_vector<double> weights_; // ct
     kept_numbers plain_, factors_; // ct; ct or ct/‖Ft‖
     std::uint64_t bytes_ = 0;
 };
@@ -24529,12 +24678,12 @@ struct options_of<karcher_options> {
 namespace detail {
 
 /// The factors of the models of one tensor. The weights sum to 1.
-[[nodiscard]] inline std::vector<double> karcher_factors(
-    const karcher_options& options, const gram_matrix& dots, const std::vector<double>& weights)
+[[nodiscard]] inline call_vector<double> karcher_factors(
+    const karcher_options& options, const gram_matrix& dots, const call_vector<double>& weights)
 {
     const std::size_t n = dots.count();
-    if (n == 1) { return {1.0}; }
-    std::vector<double> norms(n), share(n), mean(n);
+    if (n == 1) { return call_vector<double>(1, 1.0); }
+    call_vector<double> norms(n), share(n), mean(n);
     double length = 0, total = 0;
     std::size_t first = n;
     for (std::size_t t = 0; t < n; ++t) {
@@ -24561,7 +24710,7 @@ namespace detail {
         mean[first] = 1 / norms[first];
     }
     for (std::uint64_t step = 0; step < options.steps; ++step) {
-        std::vector<double> tangent(n);
+        call_vector<double> tangent(n);
         for (std::size_t t = 0; t < n; ++t) {
             if (share[t] == 0) { continue; }
             const double cosine = std::clamp(dots.dot(t, mean) / norms[t], -1.0, 1.0), angle = std::acos(cosine);
@@ -24592,12 +24741,12 @@ public:
 
 private:
     template <class Passes>
-    method(Passes& passes, const karcher_options& options, const std::vector<double>& weights)
+    method(Passes& passes, const karcher_options& options, const call_vector<double>& weights)
         : combination_method(passes, false, [&](const detail::gram_matrix& dots, std::size_t) {
             return detail::karcher_factors(options, dots, weights);
         })
     { }
-    [[nodiscard]] static std::vector<double> weights_of(const karcher_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(const karcher_options& options, std::size_t tasks)
     {
         auto weights = task_weights(options.weights, tasks, false);
         const double total = detail::weight_divisor(weights, true).get<double>();
@@ -24867,7 +25016,8 @@ private:
     cpu policy_;
     Options options_;
     aligned_models models_;
-    std::vector<aligned_tensor::operand> beside_;
+    decltype(operands_beside(std::declval<const Options&>(), std::declval<const aligned_models&>(), memory_space::host))
+        beside_;
     typed_passes<storage_types> passes_;
     method<Options> prepared_;
     mutable std::mutex mutex_;
@@ -24912,6 +25062,7 @@ template <class Options>
 std::vector<std::unique_ptr<operand_source>> merge_sources(
     const cpu& policy, const Options& options, const aligned_models& models)
 {
+    const call_memory none(nullptr); // what is made here outlives a call that may be under way
     std::vector<std::unique_ptr<operand_source>> sources;
     if constexpr (merges_on_read<Options>) { // others are compiled by the same list (compiled/methods.hpp)
         static_assert(check_method<Options>());
@@ -24989,6 +25140,7 @@ std::vector<std::unique_ptr<operand_source>> merge_on_read_by_tensor(const cpu& 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -25043,7 +25195,7 @@ inline void check_model_stock(std::size_t tasks)
 
 /// t/N for a tensor from the dots of its task vectors.
 [[nodiscard]] inline double model_stock_factor(
-    const model_stock_options& options, const std::string& tensor, std::size_t tasks, const std::vector<double>& dots)
+    const model_stock_options& options, const std::string& tensor, std::size_t tasks, std::span<const double> dots)
 {
     const double n = static_cast<double>(tasks), c = mean_cosine(tasks, dots.data()), below = 1 + (n - 1) * c;
     double t = n * c / below;
@@ -25093,11 +25245,11 @@ public:
     template <class Passes>
     method(Passes& passes, const model_stock_options& options)
         : method_by_vectors(passes, options.angles, 1, detail::model_stock_rule{options.clamp, checked(passes.tasks())})
-        , weights_(passes, std::vector<double>(passes.tasks(), 1.0))
+        , weights_(passes, call_vector<double>(passes.tasks(), 1.0))
     {
         if (by_vector().any()) { return; }
         const auto tasks = static_cast<std::uint32_t>(passes.tasks());
-        std::vector<operand_pair> pairs;
+        call_vector<operand_pair> pairs;
         for (std::uint32_t i = 0; i < tasks; ++i) {
             for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
         }
@@ -25128,7 +25280,7 @@ private:
     }
 
     kept_numbers weights_;
-    std::vector<double> factors_; // t/N for each tensor
+    call_vector<double> factors_; // t/N for each tensor
 };
 
 #if defined(TASKVEC_COMPILED)
@@ -25176,12 +25328,12 @@ struct options_of<multi_slerp_options> {
 namespace detail {
 
 /// The factors of the vectors of one tensor.
-[[nodiscard]] inline std::vector<double> multi_slerp_factors(
-    const gram_matrix& dots, const std::vector<double>& weights, const std::string& tensor)
+[[nodiscard]] inline call_vector<double> multi_slerp_factors(
+    const gram_matrix& dots, const call_vector<double>& weights, const std::string& tensor)
 {
     constexpr double epsilon = 1e-8;
-    if (dots.count() == 1) { return {1.0}; }
-    std::vector<double> factors;
+    if (dots.count() == 1) { return call_vector<double>(1, 1.0); }
+    call_vector<double> factors;
     double length = 0;
     bool all_zero = true;
     for (std::size_t t = 0; t < dots.count(); ++t) {
@@ -25214,13 +25366,13 @@ public:
 
 private:
     template <class Passes>
-    method(Passes& passes, const std::vector<double>& weights)
+    method(Passes& passes, const call_vector<double>& weights)
         : combination_method(
               passes, passes.models().has_base(), [&](const detail::gram_matrix& dots, std::size_t tensor) {
                   return detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name);
               })
     { }
-    [[nodiscard]] static std::vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
     {
         auto weights = task_weights(options.weights, tasks);
         const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
@@ -25367,10 +25519,10 @@ struct nuslerp_rule {
         factors[0] = std::sin((1 - t) * angle) / sine;
         factors[1] = std::sin(t * angle) / sine;
     }
-    [[nodiscard]] std::vector<double> operator()(const gram_matrix& matrix, std::size_t) const
+    [[nodiscard]] call_vector<double> operator()(const gram_matrix& matrix, std::size_t) const
     {
         const std::array dots{matrix(0, 0), matrix(1, 0), matrix(1, 1)};
-        std::vector<double> factors(2);
+        call_vector<double> factors(2);
         (*this)(dots.data(), factors.data());
         return factors;
     }
@@ -25679,7 +25831,7 @@ public:
 private:
     /// λt for every tensor and task.
     template <class Passes>
-    [[nodiscard]] static std::vector<double> factors(Passes& passes, const ram_plus_options& options)
+    [[nodiscard]] static call_vector<double> factors(Passes& passes, const ram_plus_options& options)
     {
         const std::size_t tasks = passes.tasks();
         // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
@@ -25697,13 +25849,13 @@ private:
                 }
             });
         if (options.scope == taskvec::scope::model) {
-            std::vector<double> total(2 * tasks);
+            call_vector<double> total(2 * tasks);
             for (const auto& row : counts) {
                 for (std::size_t k = 0; k < total.size(); ++k) { total[k] += row[k]; }
             }
             for (auto& row : counts) { row = total; }
         }
-        std::vector<double> all;
+        call_vector<double> all;
         for (const auto& row : counts) {
             for (std::size_t t = 0; t < tasks; ++t) {
                 // With nothing alone nothing is raised: the largest share stands for it.
@@ -26016,6 +26168,7 @@ private:
 #include <functional>
 #include <limits>
 #include <memory_resource>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26074,7 +26227,7 @@ public:
         for (const double weight : weights_) { total_ += weight; }
     }
 
-    [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
+    [[nodiscard]] std::span<const double> weights() const noexcept { return weights_; }
     [[nodiscard]] double total_weight() const noexcept { return total_; }
     [[nodiscard]] double alpha() const noexcept { return options_.alpha; }
     [[nodiscard]] const std::vector<detail::gram_layer>& layers() const noexcept { return grams_.layers(); }
@@ -26114,7 +26267,7 @@ public:
 
 private:
     regmean_options options_;
-    std::vector<double> weights_;
+    call_vector<double> weights_;
     double total_ = 0;
     aligned_grams grams_;
 };
@@ -26168,7 +26321,7 @@ public:
         }
         auto tallies = detail::empty_tallies(averaged.size(), memory_of(policy));
         cpu_passes passes(policy, models);
-        const method<average_options> average(passes, {problem_.weights()});
+        const method<average_options> average(passes, problem_.weights(), true);
         detail::merge_chunks<average_options>(passes, average, averaged, out, tallies, "average");
 
         // Small layers side by side, large ones alone.
@@ -26272,7 +26425,7 @@ private:
     {
         const std::size_t n = one.in;
         std::fill(memory.system.begin(), memory.system.begin() + static_cast<std::ptrdiff_t>(n * n), 0.0);
-        const std::vector<double>& weights = problem_.weights();
+        const auto weights = problem_.weights();
         for (std::size_t t = 0; t < weights.size(); ++t) {
             const auto where = [&, t] { return problem_.where(one, t, models); };
             const detail::stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
@@ -26313,7 +26466,7 @@ private:
         tensor_sink& out) const
     {
         const Policy alone = sequential(policy);
-        const std::vector<double>& weights = problem_.weights();
+        const auto weights = problem_.weights();
         const std::size_t n = one.in, size = n * count, tasks = weights.size();
         const bool whole = one.layout == weight_layout::out_in;
         const matrix_order order = whole ? matrix_order::column_major : matrix_order::row_major;
@@ -26551,7 +26704,7 @@ public:
                 }
             }
         }
-        std::vector<double> weights;
+        call_vector<double> weights;
         for (const auto& squares : squares_of(passes)) {
             double total = 0;
             const std::size_t n = models.tensors()[weights.size() / tasks_].size;
@@ -26561,7 +26714,7 @@ public:
                                                                          : square / static_cast<double>(n) / total);
             }
         }
-        single_weights_ = passes.keep(std::vector<float>(weights.begin(), weights.end()));
+        single_weights_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
         wide_weights_ = passes.keep(std::move(weights));
     }
     template <arithmetic_element A>
@@ -26605,7 +26758,7 @@ private:
     }
     /// Σ τt² over what is selected of every tensor.
     template <class Passes>
-    [[nodiscard]] std::vector<std::vector<double>> squares_of(Passes& passes) const
+    [[nodiscard]] call_vector<call_vector<double>> squares_of(Passes& passes) const
     {
         return tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), tasks_, tasks_, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
@@ -26643,8 +26796,8 @@ private:
     std::size_t tasks_;
     double least_;
     unsigned walks_ = 1;
-    std::vector<top_k_threshold<float>> single_; // of each tensor; as they stand they keep everything
-    std::vector<top_k_threshold<double>> wide_;
+    call_vector<top_k_threshold<float>> single_; // of each tensor; as they stand they keep everything
+    call_vector<top_k_threshold<double>> wide_;
     const float* single_weights_ = nullptr;
     const double* wide_weights_ = nullptr;
 };
@@ -26742,7 +26895,7 @@ public:
 
 private:
     bool from_base_;
-    std::vector<detail::slerp_factors> factors_; // for each tensor
+    call_vector<detail::slerp_factors> factors_; // for each tensor
 };
 
 #if defined(TASKVEC_COMPILED)
@@ -27765,7 +27918,7 @@ class sparse_sink {
 public:
     virtual ~sparse_sink() = default;
     /// kept[i] entries of models.tensors()[i] will follow. Called once, before any write.
-    virtual void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) = 0;
+    virtual void begin(const aligned_models& models, std::span<const std::uint64_t> kept) = 0;
     /// Entries number `first` … `first + n − 1` of a tensor; they all lie in its elements [from, to), where `from` is a
     /// multiple of 64 and `to` too, or the tensor's end. n may be 0.
     virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
@@ -27781,7 +27934,7 @@ public:
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
-    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    void begin(const aligned_models& models, std::span<const std::uint64_t> kept) override
     {
         tensors_.clear();
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
@@ -27935,6 +28088,7 @@ void post_pruning(
     if (!models.has_base() || models.task_count() != 1) {
         raise<invalid_argument>(error_code::task_count, "pruning takes one base and one task");
     }
+    const detail::call_memory memory(policy.memory);
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
     // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to,
     // are not stored.
@@ -27951,7 +28105,7 @@ void post_pruning(
         models.tensors()[tensor].wide_base() ? then(std::type_identity<double>{}) : then(std::type_identity<float>{});
     };
     std::pmr::vector<std::uint64_t> first(models.chunks().size() + 1, 0, memory_of(policy));
-    std::vector<std::uint64_t> kept(models.tensors().size(), 0);
+    call_vector<std::uint64_t> kept(models.tensors().size(), 0);
     for_each_block(policy, models, all_chunks(models), 0, "count", [&](std::size_t index, std::size_t, auto& rows) {
         std::uint64_t count = 0;
         const std::size_t tensor = models.chunks()[index].tensor;

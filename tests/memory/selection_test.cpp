@@ -14,7 +14,9 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -80,6 +82,45 @@ TEST_CASE("Deltas go on and off in the caller's memory")
     check_call("apply a bitmask", 1, [&](const cpu& policy) { on_and_off(policy, mask); });
     check_call("to_bitmask", 1, [&](const cpu& policy) { return to_bitmask(entries, policy.memory); });
     check_call("to_sparse", 1, [&](const cpu& policy) { return to_sparse(mask, policy.memory); });
+}
+
+TEST_CASE("Selection and pruning of models that are lined up already take nothing around the resource")
+{
+    struct nowhere final : sparse_sink {
+        void begin(const aligned_models& /*models*/, std::span<const std::uint64_t> kept) override
+        {
+            for (const std::uint64_t count : kept) { entries += count; }
+        }
+        void write(std::size_t, std::uint64_t, std::uint64_t, std::uint64_t, const std::uint64_t*, const float*,
+            std::size_t) override
+        { }
+        void write(std::size_t, std::uint64_t, std::uint64_t, std::uint64_t, const std::uint64_t*, const double*,
+            std::size_t) override
+        { }
+        std::uint64_t entries = 0;
+    };
+    const big_models<float> m(1, {50'000, 1, 64, 8192, 0});
+    const aligned_models models(&m.base_model, m.task_models);
+    for (const auto over : {scope::model, scope::tensor}) {
+        counted_memory memory;
+        const cpu policy{.threads = 1, .memory = &memory};
+        nowhere out;
+        const auto prune = [&] { post_pruning(policy, {.density = 0.1, .scope = over}, models, out); };
+        prune();
+        CHECK(out.entries > 0);
+        const call_memory taken = count_memory(memory, prune);
+        CHECK(taken.around == 0);
+        CHECK(taken.received == 0);
+        CHECK(taken.fresh == 0);
+    }
+    counted_memory memory;
+    const cpu policy{.threads = 1, .memory = &memory};
+    const std::array<std::uint64_t, 1> counts{1000};
+    const auto select = [&] { return top_k_thresholds<float>(policy, models, all_chunks(models), counts); };
+    static_cast<void>(select());
+    const call_memory taken = count_memory(memory, select);
+    CHECK(taken.around == 0); // the list that is returned is the caller's
+    CHECK(taken.fresh == 0);
 }
 
 TEST_CASE("Switching through views allocates nothing")

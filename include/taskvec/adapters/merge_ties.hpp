@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/merge_adapters.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_range.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/keep/all.hpp>
@@ -181,10 +182,10 @@ private:
         std::uint64_t left = 0; ///< how many of that magnitude may still be kept
     };
 
-    [[nodiscard]] static std::vector<T> factors(const ties_options& how, std::size_t tasks)
+    [[nodiscard]] static call_vector<T> factors(const ties_options& how, std::size_t tasks)
     {
         const auto weights = task_weights(how.weights, tasks, how.negative_weights);
-        const std::vector<double> ones(tasks, 1.0);
+        const call_vector<double> ones(tasks, 1.0);
         election_weights factors{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
             how.agree_when_weighted ? weights : ones};
         if (how.combine != disjoint_merge::mean) { factors.divide.assign(tasks, 0.0); }
@@ -297,7 +298,7 @@ private:
     std::size_t tasks_;
     std::vector<shared_layer<T>> layers_;
     task_shares density_;
-    std::vector<T> factors_; ///< of the election
+    call_vector<T> factors_; ///< of the election
     std::pmr::vector<T> products_, merged_, zeros_;
     std::vector<trimming> rules_; ///< of the layer that comes next
     int zero_ = how_.zero_sign == zero_sign::none ? 0 : 1; ///< what a sum of 0 elects, until the majority is known

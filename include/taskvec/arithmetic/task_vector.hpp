@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/wrong_call.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 
@@ -331,7 +332,7 @@ double cosine(const cpu& policy, const X& x, const Y& y)
 
 namespace detail {
 /// A symmetric matrix from the sums of its upper triangle, row by row, tensor by tensor.
-[[nodiscard]] inline std::vector<double> symmetric_dots(const std::vector<std::vector<double>>& sums, std::size_t tasks)
+[[nodiscard]] inline std::vector<double> symmetric_dots(const call_vector<call_vector<double>>& sums, std::size_t tasks)
 {
     std::vector<double> matrix(tasks * tasks, 0.0);
     std::size_t pair = 0;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/policy.hpp>
 
 #include <algorithm>
@@ -141,6 +142,7 @@ public:
         const std::uint64_t before = done_.fetch_add(amount, std::memory_order_relaxed), after = before + amount;
         if (before / step_ != after / step_ || after >= total_) {
             const light_lock lock(busy_);
+            const call_memory none(nullptr); // in the caller's code
             if (!stopped_.load(std::memory_order_relaxed)
                 && !callback_({phase_, std::min(after, total_), total_, unit_})) {
                 stopped_.store(true, std::memory_order_relaxed);
@@ -181,7 +183,9 @@ inline void for_each_index(
     std::atomic_flag busy;
     std::exception_ptr failure;
 #endif
+    std::pmr::memory_resource* const lists = detail::current_call_memory;
     const auto work = [&](std::size_t worker) {
+        const detail::call_memory memory(lists);
         for (std::size_t index;
             (index = next.fetch_add(1, std::memory_order_relaxed)) < first_failed.load(std::memory_order_relaxed)
             && index < count;) {
@@ -201,7 +205,10 @@ inline void for_each_index(
 #endif
         }
     };
-    if (policy.executor) { policy.executor(workers, work); }
+    if (policy.executor) {
+        const detail::call_memory none(nullptr); // whatever else the caller's threads do meanwhile
+        policy.executor(workers, work);
+    }
     else {
         detail::run_on_threads(workers, work);
     }

@@ -43,8 +43,9 @@ enum class nonfinite : std::uint8_t { error, propagate };
 /// Memory: what grows with the elements of tensors comes from `memory`, which is asked from several threads at once
 /// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
 /// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
-/// nothing more from the system. Around it, from operator new, goes what grows with names alone: lists of tensors and
-/// options, less than 2 KB for each tensor of each model; and the singular values of a decomposition. Eigen's products
+/// nothing more from the system. Around it, from operator new, goes what lines models up by name, less than 2 KB for
+/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's and SCE's, selection,
+/// pruning) on one thread or the caller's; and the singular values of a decomposition. Eigen's products
 /// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
 /// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
 /// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.

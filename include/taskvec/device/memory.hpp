@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -210,7 +211,7 @@ public:
         return made;
     }
     /// A copy of `values`, queued on the stream.
-    buffer(const gpu& policy, const std::vector<T>& values)
+    buffer(const gpu& policy, std::span<const T> values)
         : buffer(policy, values.size())
     {
         assign(values.data(), values.size());

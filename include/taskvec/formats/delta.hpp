@@ -18,6 +18,7 @@
 #include <limits>
 #include <memory>
 #include <memory_resource>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -81,7 +82,7 @@ public:
 
     /// Where the models are to be finite and overflow is not to pass, entries have to be finite too: models that are
     /// may differ by more than their arithmetic holds. Throws nonfinite_error for one that is not, when it comes.
-    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    void begin(const aligned_models& models, std::span<const std::uint64_t> kept) override
     {
         finite_ =
             models.options().on_nonfinite == nonfinite::error && models.options().on_overflow != overflow::propagate;

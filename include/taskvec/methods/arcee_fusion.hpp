@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/exponential.hpp>
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/option_table.hpp>
@@ -312,8 +313,8 @@ private:
 
     const aligned_models* models_;
     row_pieces pieces_;
-    std::vector<std::uint64_t> first_row_;
-    std::vector<double> divergences_, thresholds_;
+    call_vector<std::uint64_t> first_row_;
+    call_vector<double> divergences_, thresholds_;
     std::uint64_t searched_ = 0; // bytes read for quartiles
 };
 

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <cstddef>
+#include <span>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -39,8 +41,13 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : weights_(task_weights(options.weights, passes.tasks()))
-        , normalize_(options.normalize)
+        : method(passes, task_weights(options.weights, passes.tasks()), options.normalize)
+    { }
+    /// Of one weight for each task. Errors: invalid_argument where they sum to 0.
+    template <class Passes>
+    method(Passes& passes, std::span<const double> weights, bool normalize)
+        : weights_(weights.begin(), weights.end())
+        , normalize_(normalize)
         , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
@@ -64,7 +71,7 @@ private:
         return sum;
     }
 
-    std::vector<double> weights_;
+    call_vector<double> weights_;
     bool normalize_;
     kept_numbers numbers_;
 };

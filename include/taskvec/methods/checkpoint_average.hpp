@@ -5,6 +5,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/average.hpp>
@@ -78,6 +79,32 @@ namespace detail {
     return (1 + std::cos(std::numbers::pi * x)) / 2;
 }
 
+/// checkpoint_weights(), as a list of the call.
+[[nodiscard]] inline call_vector<double> weights_of_checkpoints(
+    const checkpoint_average_options& options, std::size_t count)
+{
+    if (!(options.decay > 0 && options.decay <= 1)) {
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("decay is ", options.decay, "; expected a factor in (0, 1], such as 0.9"));
+    }
+    call_vector<double> weights;
+    const double n = static_cast<double>(count);
+    double sum = 0;
+    for (std::size_t t = 0; t < count; ++t) {
+        const double x = static_cast<double>(t);
+        switch (options.schedule) {
+        case checkpoint_schedule::uniform: weights.push_back(1); break;
+        case checkpoint_schedule::ema: weights.push_back(std::pow(options.decay, n - 1 - x)); break;
+        case checkpoint_schedule::wsm:
+            weights.push_back(decayed(options.shape, x / n) - decayed(options.shape, (x + 1) / n));
+            break;
+        }
+        sum += weights.back();
+    }
+    for (double& weight : weights) { weight /= sum; }
+    return weights;
+}
+
 } // namespace detail
 
 /// The weights of `count` checkpoints, the oldest first; their sum is 1 up to rounding. Errors: invalid_argument unless
@@ -88,26 +115,8 @@ namespace detail {
 [[nodiscard]] inline std::vector<double> checkpoint_weights(
     const checkpoint_average_options& options, std::size_t count)
 {
-    if (!(options.decay > 0 && options.decay <= 1)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("decay is ", options.decay, "; expected a factor in (0, 1], such as 0.9"));
-    }
-    std::vector<double> weights;
-    const double n = static_cast<double>(count);
-    double sum = 0;
-    for (std::size_t t = 0; t < count; ++t) {
-        const double x = static_cast<double>(t);
-        switch (options.schedule) {
-        case checkpoint_schedule::uniform: weights.push_back(1); break;
-        case checkpoint_schedule::ema: weights.push_back(std::pow(options.decay, n - 1 - x)); break;
-        case checkpoint_schedule::wsm:
-            weights.push_back(detail::decayed(options.shape, x / n) - detail::decayed(options.shape, (x + 1) / n));
-            break;
-        }
-        sum += weights.back();
-    }
-    for (double& weight : weights) { weight /= sum; }
-    return weights;
+    const auto weights = detail::weights_of_checkpoints(options, count);
+    return {weights.begin(), weights.end()};
 }
 
 template <>
@@ -115,7 +124,7 @@ class method<checkpoint_average_options> : public method<average_options> {
 public:
     template <class Passes>
     method(Passes& passes, const checkpoint_average_options& options)
-        : method<average_options>(passes, average_options{.weights = checkpoint_weights(options, passes.tasks())})
+        : method<average_options>(passes, detail::weights_of_checkpoints(options, passes.tasks()), true)
     { }
 };
 

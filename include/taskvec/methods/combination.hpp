@@ -3,12 +3,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/methods/passes.hpp>
 #include <taskvec/methods/vector_factors.hpp>
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -66,7 +68,7 @@ namespace detail {
 class gram_matrix {
 public:
     /// From the dots of i and j ≤ i, in that order.
-    gram_matrix(std::size_t count, std::vector<double> dots)
+    gram_matrix(std::size_t count, call_vector<double> dots)
         : count_(count)
         , dots_(std::move(dots))
     { }
@@ -77,14 +79,14 @@ public:
     }
     [[nodiscard]] double norm(std::size_t i) const noexcept { return std::sqrt((*this)(i, i)); }
     /// The dot product of vector i with Σ factors[j]·(vector j).
-    [[nodiscard]] double dot(std::size_t i, const std::vector<double>& factors) const noexcept
+    [[nodiscard]] double dot(std::size_t i, std::span<const double> factors) const noexcept
     {
         double sum = 0;
         for (std::size_t j = 0; j < count_; ++j) { sum += factors[j] * (*this)(i, j); }
         return sum;
     }
     /// ‖Σ factors[j]·(vector j)‖.
-    [[nodiscard]] double norm(const std::vector<double>& factors) const noexcept
+    [[nodiscard]] double norm(std::span<const double> factors) const noexcept
     {
         double sum = 0;
         for (std::size_t i = 0; i < count_; ++i) { sum += factors[i] * dot(i, factors); }
@@ -93,19 +95,19 @@ public:
 
 private:
     std::size_t count_;
-    std::vector<double> dots_;
+    call_vector<double> dots_;
 };
 
 /// The dot products of the tasks of every tensor, or, on a base, of their task vectors. One read of the models.
 template <class Passes>
-[[nodiscard]] std::vector<gram_matrix> gram_matrices(Passes& passes, bool on_base, std::string_view phase)
+[[nodiscard]] call_vector<gram_matrix> gram_matrices(Passes& passes, bool on_base, std::string_view phase)
 {
     const auto tasks = static_cast<std::uint32_t>(passes.tasks());
-    std::vector<operand_pair> pairs;
+    call_vector<operand_pair> pairs;
     for (std::uint32_t i = 0; i < tasks; ++i) {
         for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
     }
-    std::vector<gram_matrix> matrices;
+    call_vector<gram_matrix> matrices;
     for (auto& sums : tensor_dots(passes, pairs, on_base, phase)) { matrices.emplace_back(tasks, std::move(sums)); }
     return matrices;
 }
@@ -130,7 +132,7 @@ protected:
     /// body.
     template <class Passes, class Rule>
     combination_method(Passes& passes, bool on_base, const Rule& factors_of, bool whole = true)
-        : factors_(passes, whole ? all_factors(passes, on_base, factors_of) : std::vector<double>())
+        : factors_(passes, whole ? all_factors(passes, on_base, factors_of) : call_vector<double>())
         , tasks_(passes.tasks())
         , on_base_(on_base)
     { }
@@ -139,12 +141,12 @@ protected:
 
 private:
     template <class Passes, class Rule>
-    [[nodiscard]] static std::vector<double> all_factors(Passes& passes, bool on_base, const Rule& factors_of)
+    [[nodiscard]] static call_vector<double> all_factors(Passes& passes, bool on_base, const Rule& factors_of)
     {
-        std::vector<double> all;
+        call_vector<double> all;
         std::size_t tensor = 0;
         for (const auto& dots : detail::gram_matrices(passes, on_base, "angles")) {
-            const std::vector<double> factors = factors_of(dots, tensor++);
+            const auto factors = factors_of(dots, tensor++);
             all.insert(all.end(), factors.begin(), factors.end());
         }
         return all;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/statistics/aligned_fishers.hpp>
@@ -12,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -109,9 +111,9 @@ namespace detail {
 }
 
 /// Throws unless the weights mean something. Returns the weights ct.
-[[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
+[[nodiscard]] inline call_vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
 {
-    std::vector<double> weights = task_weights(options.weights, tasks, false);
+    auto weights = task_weights(options.weights, tasks, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
@@ -121,10 +123,10 @@ namespace detail {
 }
 
 /// ct/‖Ft‖ for each task, from Σ Ft² of every tensor, [tensor][task]; 0 for a Fisher that is all 0.
-[[nodiscard]] inline std::vector<double> normalized_fisher_weights(
-    const std::vector<double>& weights, const std::vector<std::vector<double>>& squares)
+template <class Squares>
+[[nodiscard]] call_vector<double> normalized_fisher_weights(std::span<const double> weights, const Squares& squares)
 {
-    std::vector<double> factors;
+    call_vector<double> factors;
     for (std::size_t t = 0; t < weights.size(); ++t) {
         double square = 0;
         for (const auto& of_tensor : squares) { square += of_tensor[t]; }
@@ -148,7 +150,7 @@ public:
     static constexpr bool needs_base = false;
     static constexpr bool beside_not_negative = true;
 
-    [[nodiscard]] static std::vector<aligned_tensor::operand> beside(
+    [[nodiscard]] static call_vector<aligned_tensor::operand> beside(
         const fisher_options& options, const aligned_models& models, memory_space space)
     {
         return detail::aligned_fishers(models, options.fishers, options.labels, space).operands();
@@ -156,7 +158,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const fisher_options& options)
-        : options_(options)
+        : options_(&options)
         , weights_(detail::checked_fisher_weights(options, passes.tasks()))
         , plain_(passes, weights_)
         , factors_(plain_)
@@ -171,7 +173,7 @@ public:
         }
         if (!options.normalize) { return; }
         bytes_ *= 2;
-        std::vector<operand_pair> squares;
+        call_vector<operand_pair> squares;
         for (std::uint32_t t = 0; t < tasks; ++t) { squares.push_back({1 + tasks + t, 1 + tasks + t}); }
         const auto sums = tensor_dots(passes, squares, false, "Fisher norms");
         factors_ = kept_numbers(passes, detail::normalized_fisher_weights(weights_, sums));
@@ -181,21 +183,21 @@ public:
     {
         A total = 0;
         for (const double weight : weights_) { total += static_cast<A>(weight); }
-        return {factors_.get<A>(), plain_.get<A>(), total, detail::fisher_floor<A>(options_)};
+        return {factors_.get<A>(), plain_.get<A>(), total, detail::fisher_floor<A>(*options_)};
     }
     /// Reports what no Fisher may hold.
     [[noreturn]] void refuse_beside(
         const aligned_models& models, std::size_t tensor, std::size_t t, double found, std::uint64_t index) const
     {
-        const std::string where = detail::fisher_label(options_, t, models);
+        const std::string where = detail::fisher_label(*options_, t, models);
         if (std::isfinite(found)) { detail::refuse_fisher_negative(models, tensor, where, found, index); }
         detail::refuse_fisher_nonfinite(models, tensor, where, found, index);
     }
     [[nodiscard]] std::uint64_t bytes_beside() const noexcept { return bytes_; }
 
 private:
-    fisher_options options_;
-    std::vector<double> weights_; // ct
+    const fisher_options* options_; // the caller's
+    call_vector<double> weights_; // ct
     kept_numbers plain_, factors_; // ct; ct or ct/‖Ft‖
     std::uint64_t bytes_ = 0;
 };

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -44,12 +45,12 @@ struct options_of<karcher_options> {
 namespace detail {
 
 /// The factors of the models of one tensor. The weights sum to 1.
-[[nodiscard]] inline std::vector<double> karcher_factors(
-    const karcher_options& options, const gram_matrix& dots, const std::vector<double>& weights)
+[[nodiscard]] inline call_vector<double> karcher_factors(
+    const karcher_options& options, const gram_matrix& dots, const call_vector<double>& weights)
 {
     const std::size_t n = dots.count();
-    if (n == 1) { return {1.0}; }
-    std::vector<double> norms(n), share(n), mean(n);
+    if (n == 1) { return call_vector<double>(1, 1.0); }
+    call_vector<double> norms(n), share(n), mean(n);
     double length = 0, total = 0;
     std::size_t first = n;
     for (std::size_t t = 0; t < n; ++t) {
@@ -76,7 +77,7 @@ namespace detail {
         mean[first] = 1 / norms[first];
     }
     for (std::uint64_t step = 0; step < options.steps; ++step) {
-        std::vector<double> tangent(n);
+        call_vector<double> tangent(n);
         for (std::size_t t = 0; t < n; ++t) {
             if (share[t] == 0) { continue; }
             const double cosine = std::clamp(dots.dot(t, mean) / norms[t], -1.0, 1.0), angle = std::acos(cosine);
@@ -107,12 +108,12 @@ public:
 
 private:
     template <class Passes>
-    method(Passes& passes, const karcher_options& options, const std::vector<double>& weights)
+    method(Passes& passes, const karcher_options& options, const call_vector<double>& weights)
         : combination_method(passes, false, [&](const detail::gram_matrix& dots, std::size_t) {
             return detail::karcher_factors(options, dots, weights);
         })
     { }
-    [[nodiscard]] static std::vector<double> weights_of(const karcher_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(const karcher_options& options, std::size_t tasks)
     {
         auto weights = task_weights(options.weights, tasks, false);
         const double total = detail::weight_divisor(weights, true).get<double>();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_range.hpp>
 #include <taskvec/methods/walk.hpp>
 #include <taskvec/methods/wrong_call.hpp>
@@ -41,7 +42,8 @@ void check_merge(const cpu& policy, const Options& options, const aligned_models
     if (method<Options>::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
-    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
+    const detail::call_memory memory(policy.memory);
+    const auto beside = detail::operands_beside(options, models, memory_space::host);
     cpu_passes passes(policy, models, beside);
     static_cast<void>(method<Options>(passes, options));
 }
@@ -76,7 +78,8 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
-    const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::host);
+    const call_memory memory(policy.memory);
+    const auto beside = operands_beside(options, models, memory_space::host);
     check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
     typed_passes<Types> passes(policy, models, beside);
     method_type prepared(passes, options);

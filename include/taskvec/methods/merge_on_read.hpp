@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/methods/by_tensor.hpp>
 #include <taskvec/models/stored_elements.hpp>
 
@@ -252,7 +253,8 @@ private:
     cpu policy_;
     Options options_;
     aligned_models models_;
-    std::vector<aligned_tensor::operand> beside_;
+    decltype(operands_beside(
+        std::declval<const Options&>(), std::declval<const aligned_models&>(), memory_space::host)) beside_;
     typed_passes<storage_types> passes_;
     method<Options> prepared_;
     mutable std::mutex mutex_;
@@ -297,6 +299,7 @@ template <class Options>
 std::vector<std::unique_ptr<operand_source>> merge_sources(
     const cpu& policy, const Options& options, const aligned_models& models)
 {
+    const call_memory none(nullptr); // what is made here outlives a call that may be under way
     std::vector<std::unique_ptr<operand_source>> sources;
     if constexpr (merges_on_read<Options>) { // others are compiled by the same list (compiled/methods.hpp)
         static_assert(check_method<Options>());

@@ -44,6 +44,7 @@
 // methods, with a call for a block of rows, or write everything themselves: row_method and whole_method below.
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/models/block.hpp>
@@ -56,6 +57,7 @@
 #include <cstdint>
 #include <memory_resource>
 #include <ranges>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -112,8 +114,8 @@ struct merge_tally {
 /// What a method says of itself when it says nothing. Derive from it, and hide what is otherwise.
 ///
 /// Beside these a method may have
-///   - `static std::vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)`: what
-///     in.beside(b) reads, as many for each tensor, in the order of tensors();
+///   - `static call_vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)` (or
+///     another list): what in.beside(b) reads, as many for each tensor, in the order of tensors();
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
 ///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
@@ -220,7 +222,7 @@ consteval bool check_method()
 class weight_divisor {
 public:
     /// Errors: invalid_argument where the weights sum to 0.
-    weight_divisor(const std::vector<double>& weights, bool normalized)
+    weight_divisor(std::span<const double> weights, bool normalized)
     {
         if (!normalized) { return; }
         single_ = 0;
@@ -253,11 +255,11 @@ private:
 /// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
 /// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
 ///
-///     const std::vector<double> weights = task_weights(options.weights, passes.tasks());
-[[nodiscard]] inline std::vector<double> task_weights(
-    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+///     const auto weights = task_weights(options.weights, passes.tasks());
+[[nodiscard]] inline call_vector<double> task_weights(
+    std::span<const double> weights, std::size_t tasks, bool negative_allowed = true)
 {
-    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.empty()) { return call_vector<double>(tasks, 1.0); }
     if (weights.size() != tasks) {
         raise<invalid_argument>(
             error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
@@ -273,7 +275,7 @@ private:
                     ": this method has no meaning for negative weights"));
         }
     }
-    return weights;
+    return {weights.begin(), weights.end()};
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -12,6 +13,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -66,7 +68,7 @@ inline void check_model_stock(std::size_t tasks)
 
 /// t/N for a tensor from the dots of its task vectors.
 [[nodiscard]] inline double model_stock_factor(
-    const model_stock_options& options, const std::string& tensor, std::size_t tasks, const std::vector<double>& dots)
+    const model_stock_options& options, const std::string& tensor, std::size_t tasks, std::span<const double> dots)
 {
     const double n = static_cast<double>(tasks), c = mean_cosine(tasks, dots.data()), below = 1 + (n - 1) * c;
     double t = n * c / below;
@@ -116,11 +118,11 @@ public:
     template <class Passes>
     method(Passes& passes, const model_stock_options& options)
         : method_by_vectors(passes, options.angles, 1, detail::model_stock_rule{options.clamp, checked(passes.tasks())})
-        , weights_(passes, std::vector<double>(passes.tasks(), 1.0))
+        , weights_(passes, call_vector<double>(passes.tasks(), 1.0))
     {
         if (by_vector().any()) { return; }
         const auto tasks = static_cast<std::uint32_t>(passes.tasks());
-        std::vector<operand_pair> pairs;
+        call_vector<operand_pair> pairs;
         for (std::uint32_t i = 0; i < tasks; ++i) {
             for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
         }
@@ -151,7 +153,7 @@ private:
     }
 
     kept_numbers weights_;
-    std::vector<double> factors_; // t/N for each tensor
+    call_vector<double> factors_; // t/N for each tensor
 };
 
 #if defined(TASKVEC_COMPILED)

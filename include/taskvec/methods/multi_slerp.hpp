@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -38,12 +39,12 @@ struct options_of<multi_slerp_options> {
 namespace detail {
 
 /// The factors of the vectors of one tensor.
-[[nodiscard]] inline std::vector<double> multi_slerp_factors(
-    const gram_matrix& dots, const std::vector<double>& weights, const std::string& tensor)
+[[nodiscard]] inline call_vector<double> multi_slerp_factors(
+    const gram_matrix& dots, const call_vector<double>& weights, const std::string& tensor)
 {
     constexpr double epsilon = 1e-8;
-    if (dots.count() == 1) { return {1.0}; }
-    std::vector<double> factors;
+    if (dots.count() == 1) { return call_vector<double>(1, 1.0); }
+    call_vector<double> factors;
     double length = 0;
     bool all_zero = true;
     for (std::size_t t = 0; t < dots.count(); ++t) {
@@ -76,13 +77,13 @@ public:
 
 private:
     template <class Passes>
-    method(Passes& passes, const std::vector<double>& weights)
+    method(Passes& passes, const call_vector<double>& weights)
         : combination_method(
               passes, passes.models().has_base(), [&](const detail::gram_matrix& dots, std::size_t tensor) {
                   return detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name);
               })
     { }
-    [[nodiscard]] static std::vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
     {
         auto weights = task_weights(options.weights, tasks);
         const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();

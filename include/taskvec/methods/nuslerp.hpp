@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -55,10 +56,10 @@ struct nuslerp_rule {
         factors[0] = std::sin((1 - t) * angle) / sine;
         factors[1] = std::sin(t * angle) / sine;
     }
-    [[nodiscard]] std::vector<double> operator()(const gram_matrix& matrix, std::size_t) const
+    [[nodiscard]] call_vector<double> operator()(const gram_matrix& matrix, std::size_t) const
     {
         const std::array dots{matrix(0, 0), matrix(1, 0), matrix(1, 1)};
-        std::vector<double> factors(2);
+        call_vector<double> factors(2);
         (*this)(dots.data(), factors.data());
         return factors;
     }

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/methods/method.hpp>
 #include <taskvec/models/operand_pair.hpp>
 #include <taskvec/models/tensor_sums.hpp>
@@ -10,6 +11,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -46,10 +48,10 @@ public:
         return beside_[tensor * beside_each() + b];
     }
     /// A table where bodies can read it; it lives as long as the passes do.
-    template <class T>
-    [[nodiscard]] const T* keep(std::vector<T> table)
+    template <class T, class Allocator>
+    [[nodiscard]] const T* keep(std::vector<T, Allocator> table)
     {
-        auto kept = std::make_shared<std::vector<T>>(std::move(table));
+        auto kept = std::allocate_shared<std::vector<T, Allocator>>(call_allocator<T>(), std::move(table));
         const T* const data = kept->data();
         tables_.push_back(std::move(kept));
         return data;
@@ -59,7 +61,7 @@ private:
     const cpu* policy_;
     const aligned_models* models_;
     std::span<const aligned_tensor::operand> beside_;
-    std::vector<std::shared_ptr<const void>> tables_;
+    call_vector<std::shared_ptr<const void>> tables_;
 };
 
 /// The passes of models that are known, when the program is compiled, to store nothing but the types of a storage_list:
@@ -78,9 +80,9 @@ class kept_numbers {
 public:
     /// Keeps `numbers` as long as the passes live, in f32 and in f64.
     template <class Passes>
-    kept_numbers(Passes& passes, const std::vector<double>& numbers)
-        : single_(passes.keep(std::vector<float>(numbers.begin(), numbers.end())))
-        , wide_(passes.keep(numbers))
+    kept_numbers(Passes& passes, std::span<const double> numbers)
+        : single_(passes.keep(call_vector<float>(numbers.begin(), numbers.end())))
+        , wide_(passes.keep(call_vector<double>(numbers.begin(), numbers.end())))
     { }
     /// The numbers in A, where bodies can read them.
     template <arithmetic_element A>
@@ -119,8 +121,8 @@ const A* operand_row(const cpu_passes& passes, row_block<A>& rows, std::uint32_t
 ///
 ///     const auto squares = tensor_dots(passes, {{1, 1}}, true); // ‖τ1‖² of every tensor
 template <std::derived_from<cpu_passes> Passes>
-[[nodiscard]] std::vector<std::vector<double>> tensor_dots(
-    Passes& passes, const std::vector<operand_pair>& pairs, bool difference, std::string_view phase = "sums")
+[[nodiscard]] call_vector<call_vector<double>> tensor_dots(
+    Passes& passes, std::span<const operand_pair> pairs, bool difference, std::string_view phase = "sums")
 {
     const std::size_t tasks = passes.tasks();
     return tensor_sums<storage_of<Passes>>(
@@ -156,6 +158,14 @@ template <std::derived_from<cpu_passes> Passes>
                 *sum++ = x && y ? kernels::dot(x, y, rows.size()) : 0.0;
             }
         });
+}
+
+/// The same of pairs in braces.
+template <std::derived_from<cpu_passes> Passes>
+[[nodiscard]] call_vector<call_vector<double>> tensor_dots(
+    Passes& passes, std::initializer_list<operand_pair> pairs, bool difference, std::string_view phase = "sums")
+{
+    return tensor_dots(passes, std::span<const operand_pair>(pairs.begin(), pairs.size()), difference, phase);
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/task_rows.hpp>
@@ -192,7 +193,7 @@ public:
 private:
     /// λt for every tensor and task.
     template <class Passes>
-    [[nodiscard]] static std::vector<double> factors(Passes& passes, const ram_plus_options& options)
+    [[nodiscard]] static call_vector<double> factors(Passes& passes, const ram_plus_options& options)
     {
         const std::size_t tasks = passes.tasks();
         // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
@@ -210,13 +211,13 @@ private:
                 }
             });
         if (options.scope == taskvec::scope::model) {
-            std::vector<double> total(2 * tasks);
+            call_vector<double> total(2 * tasks);
             for (const auto& row : counts) {
                 for (std::size_t k = 0; k < total.size(); ++k) { total[k] += row[k]; }
             }
             for (auto& row : counts) { row = total; }
         }
-        std::vector<double> all;
+        call_vector<double> all;
         for (const auto& row : counts) {
             for (std::size_t t = 0; t < tasks; ++t) {
                 // With nothing alone nothing is raised: the largest share stands for it.

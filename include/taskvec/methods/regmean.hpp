@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/linalg/eigen.hpp>
 #include <taskvec/methods/average.hpp>
@@ -19,6 +20,7 @@
 #include <functional>
 #include <limits>
 #include <memory_resource>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -77,7 +79,7 @@ public:
         for (const double weight : weights_) { total_ += weight; }
     }
 
-    [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
+    [[nodiscard]] std::span<const double> weights() const noexcept { return weights_; }
     [[nodiscard]] double total_weight() const noexcept { return total_; }
     [[nodiscard]] double alpha() const noexcept { return options_.alpha; }
     [[nodiscard]] const std::vector<detail::gram_layer>& layers() const noexcept { return grams_.layers(); }
@@ -117,7 +119,7 @@ public:
 
 private:
     regmean_options options_;
-    std::vector<double> weights_;
+    call_vector<double> weights_;
     double total_ = 0;
     aligned_grams grams_;
 };
@@ -171,7 +173,7 @@ public:
         }
         auto tallies = detail::empty_tallies(averaged.size(), memory_of(policy));
         cpu_passes passes(policy, models);
-        const method<average_options> average(passes, {problem_.weights()});
+        const method<average_options> average(passes, problem_.weights(), true);
         detail::merge_chunks<average_options>(passes, average, averaged, out, tallies, "average");
 
         // Small layers side by side, large ones alone.
@@ -275,7 +277,7 @@ private:
     {
         const std::size_t n = one.in;
         std::fill(memory.system.begin(), memory.system.begin() + static_cast<std::ptrdiff_t>(n * n), 0.0);
-        const std::vector<double>& weights = problem_.weights();
+        const auto weights = problem_.weights();
         for (std::size_t t = 0; t < weights.size(); ++t) {
             const auto where = [&, t] { return problem_.where(one, t, models); };
             const detail::stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
@@ -316,7 +318,7 @@ private:
         tensor_sink& out) const
     {
         const Policy alone = sequential(policy);
-        const std::vector<double>& weights = problem_.weights();
+        const auto weights = problem_.weights();
         const std::size_t n = one.in, size = n * count, tasks = weights.size();
         const bool whole = one.layout == weight_layout::out_in;
         const matrix_order order = whole ? matrix_order::column_major : matrix_order::row_major;

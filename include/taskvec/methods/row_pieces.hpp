@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/block.hpp>
 
@@ -55,7 +56,7 @@ public:
 
 private:
     const aligned_models* models_;
-    std::vector<std::size_t> first_of_{0}, steps_;
+    call_vector<std::size_t> first_of_ = call_vector<std::size_t>(1, 0), steps_;
 };
 
 namespace detail {
@@ -108,7 +109,7 @@ public:
     }
 
 private:
-    cpu policy_;
+    const cpu& policy_;
     const aligned_models* models_;
     const row_pieces* pieces_;
     std::pmr::vector<block_workspace> workspaces_;

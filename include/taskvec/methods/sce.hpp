@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/task_rows.hpp>
@@ -182,7 +183,7 @@ public:
                 }
             }
         }
-        std::vector<double> weights;
+        call_vector<double> weights;
         for (const auto& squares : squares_of(passes)) {
             double total = 0;
             const std::size_t n = models.tensors()[weights.size() / tasks_].size;
@@ -192,7 +193,7 @@ public:
                                                                          : square / static_cast<double>(n) / total);
             }
         }
-        single_weights_ = passes.keep(std::vector<float>(weights.begin(), weights.end()));
+        single_weights_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
         wide_weights_ = passes.keep(std::move(weights));
     }
     template <arithmetic_element A>
@@ -236,7 +237,7 @@ private:
     }
     /// Σ τt² over what is selected of every tensor.
     template <class Passes>
-    [[nodiscard]] std::vector<std::vector<double>> squares_of(Passes& passes) const
+    [[nodiscard]] call_vector<call_vector<double>> squares_of(Passes& passes) const
     {
         return tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), tasks_, tasks_, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
@@ -274,8 +275,8 @@ private:
     std::size_t tasks_;
     double least_;
     unsigned walks_ = 1;
-    std::vector<top_k_threshold<float>> single_; // of each tensor; as they stand they keep everything
-    std::vector<top_k_threshold<double>> wide_;
+    call_vector<top_k_threshold<float>> single_; // of each tensor; as they stand they keep everything
+    call_vector<top_k_threshold<double>> wide_;
     const float* single_weights_ = nullptr;
     const double* wide_weights_ = nullptr;
 };

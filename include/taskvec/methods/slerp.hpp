@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -86,7 +87,7 @@ public:
 
 private:
     bool from_base_;
-    std::vector<detail::slerp_factors> factors_; // for each tensor
+    call_vector<detail::slerp_factors> factors_; // for each tensor
 };
 
 #if defined(TASKVEC_COMPILED)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sign.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
@@ -138,15 +139,26 @@ namespace detail {
     return options.zero_sign == zero_sign::none ? 0 : 1;
 }
 
+/// What elections go by, of options whose weights and densities have been taken up.
+[[nodiscard]] inline ties_options election_rules(const ties_options& options)
+{
+    ties_options rules;
+    rules.lambda = options.lambda;
+    rules.scope = options.scope;
+    rules.combine = options.combine;
+    rules.zero_sign = options.zero_sign;
+    return rules;
+}
+
 /// What zero sums of each tensor elect, from the sums of the signs that each elected; by the majority of the scope.
-[[nodiscard]] inline std::vector<int> majority_signs(const ties_options& options, std::vector<std::int64_t> sums)
+[[nodiscard]] inline call_vector<int> majority_signs(const ties_options& options, call_vector<std::int64_t> sums)
 {
     if (options.scope == scope::model) {
         std::int64_t total = 0;
         for (const auto sum : sums) { total += sum; }
         sums.assign(sums.size(), total);
     }
-    std::vector<int> signs;
+    call_vector<int> signs;
     for (const auto sum : sums) { signs.push_back(majority_sign(options, sum)); }
     return signs;
 }
@@ -155,9 +167,9 @@ namespace detail {
 [[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
 {
     const auto weights = task_weights(options.weights, tasks, options.negative_weights);
-    const std::vector<double> ones(tasks, 1.0);
+    const call_vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
-        options.combine != disjoint_merge::mean ? std::vector<double>(tasks, 0.0)
+        options.combine != disjoint_merge::mean ? call_vector<double>(tasks, 0.0)
             : options.divide_by_count           ? ones
                                                 : weights,
         options.agree_when_weighted ? weights : ones};
@@ -209,7 +221,7 @@ public:
         const bool majority =
             options_.zero_sign == zero_sign::majority || options_.zero_sign == zero_sign::majority_or_negative;
         if (!majority) { return false; }
-        std::vector<std::int64_t> sums;
+        call_vector<std::int64_t> sums;
         for (const auto& tally : of_tensors) {
             sums.push_back(static_cast<std::int64_t>(
                 tally.counts[election_counts::positive] - tally.counts[election_counts::negative]));
@@ -232,7 +244,7 @@ private:
     template <class Passes, class MakeKeep>
     sign_election_method(
         Passes& passes, const ties_options& options, const election_weights& weights, const MakeKeep& keep)
-        : options_(options)
+        : options_(detail::election_rules(options))
         , keep_(keep())
         , stride_(options.rescale ? 4 * weights.value.size() : 0)
         , unit_(options.combine == disjoint_merge::mean && !options.rescale && !passes.models().options().statistics)
@@ -241,8 +253,8 @@ private:
         for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
             for (const double weight : *list) { unit_ = unit_ && weight == 1.0; }
         }
-        std::vector<float> single = election_factors<float>(weights);
-        std::vector<double> wide = election_factors<double>(weights);
+        auto single = election_factors<float>(weights);
+        auto wide = election_factors<double>(weights);
         if (options.rescale) {
             single.clear();
             wide.clear();
@@ -268,7 +280,7 @@ private:
     const double* wide_ = nullptr;
     std::size_t stride_; // from a tensor's factors to the next's: 0 where all have the same
     bool unit_; // weights of 1 and means, not counted: the short body will do
-    std::vector<int> signs_; // for each tensor, what a zero sum elects
+    call_vector<int> signs_; // for each tensor, what a zero sum elects
 };
 
 template <>

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/passes.hpp>
@@ -166,7 +167,7 @@ public:
         }
         A* const deltas = memory.rows<A>(tasks_, size);
         read_deltas(rows, piece, deltas);
-        std::vector<double> dots(pair_count()), factors(factors_);
+        call_vector<double> dots(pair_count()), factors(factors_);
         for (std::size_t at = 0; at < size; at += width) {
             std::size_t pair = 0;
             for (std::size_t i = 0; i < tasks_; ++i) {
@@ -233,8 +234,8 @@ private:
     {
         if constexpr (Passes::space == memory_space::device) {
             const std::size_t vectors = number_vectors([](const vector_layout&) { return true; });
-            const std::vector<double> dots = vector_dots(passes.walked(), layouts_, first_, vectors);
-            std::vector<double> factors(vectors * factors_);
+            const auto dots = vector_dots(passes.walked(), layouts_, first_, vectors);
+            call_vector<double> factors(vectors * factors_);
             for (std::size_t v = 0; v < vectors; ++v) {
                 rule_(dots.data() + v * pair_count(), factors.data() + v * factors_);
             }
@@ -252,7 +253,7 @@ private:
     template <class Types>
     void sum_columns(const cpu& policy)
     {
-        std::vector<strip> strips;
+        call_vector<strip> strips;
         std::uint64_t bytes = 0;
         for (std::size_t i = 0; i < layouts_.size(); ++i) {
             if (!layouts_[i].columns) { continue; }
@@ -281,7 +282,7 @@ private:
         const std::size_t height = tensor.size / width;
         const std::size_t at_once = part.count == width ? std::max<std::size_t>(block_size / width, 1) : 1;
         std::pmr::vector<double> sums(pair_count() * part.count, memory);
-        std::vector<const A*> deltas(tasks_);
+        call_vector<const A*> deltas(tasks_);
         for (std::size_t row = 0; row < height; row += at_once) {
             const std::size_t n = std::min(at_once, height - row);
             rows.open(tensor, row * width + part.first, n * part.count);
@@ -297,7 +298,7 @@ private:
             }
             rows.check_finite();
         }
-        std::vector<double> dots(pair_count());
+        call_vector<double> dots(pair_count());
         for (std::size_t c = 0; c < part.count; ++c) {
             for (std::size_t pair = 0; pair < dots.size(); ++pair) { dots[pair] = sums[pair * part.count + c]; }
             rule_(dots.data(), table_.data() + (first_[part.tensor] + part.first + c) * factors_);
@@ -308,8 +309,8 @@ private:
     std::size_t tasks_, factors_;
     Rule rule_;
     row_pieces pieces_;
-    std::vector<vector_layout> layouts_; // of each tensor; empty where tensors are whole vectors
-    std::vector<std::uint64_t> first_; // vector of each tensor in the table
+    call_vector<vector_layout> layouts_; // of each tensor; empty where tensors are whole vectors
+    call_vector<std::uint64_t> first_; // vector of each tensor in the table
     std::pmr::vector<double> table_; // [vector][factor] of columns, on the CPU
     std::optional<kept_numbers> kept_; // of all vectors, on devices
 };

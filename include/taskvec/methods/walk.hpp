@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/byte_buffer.hpp>
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/instruction_set.hpp>
 #include <taskvec/core/random_words.hpp>
 #include <taskvec/methods/entries.hpp>
@@ -35,7 +36,7 @@ inline void check_aliases(
         const std::byte *begin, *end;
         std::size_t tensor;
     };
-    std::vector<range> written;
+    call_vector<range> written;
     for (std::size_t i = 0; i < models.tensors().size(); ++i) {
         const auto& tensor = models.tensors()[i];
         if (auto* const begin = static_cast<const std::byte*>(out.direct(tensor.output)); begin && tensor.size > 0) {
@@ -80,14 +81,13 @@ inline void check_aliases(
 /// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space
 /// `space`.
 template <class Options>
-[[nodiscard]] std::vector<aligned_tensor::operand> operands_beside(
-    const Options& options, const aligned_models& models, memory_space space)
+[[nodiscard]] auto operands_beside(const Options& options, const aligned_models& models, memory_space space)
 {
     if constexpr (requires { method<Options>::beside(options, models, space); }) {
         return method<Options>::beside(options, models, space);
     }
     else {
-        return {};
+        return call_vector<aligned_tensor::operand>();
     }
 }
 
@@ -100,18 +100,20 @@ using read_types = std::conditional_t<requires(const Options& options, const ali
 /// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
 /// data.
 template <class Options>
-[[nodiscard]] std::vector<companion> companions_of(const Options& options, const aligned_models& models,
-    memory_space space, std::span<const aligned_tensor::operand> beside)
+[[nodiscard]] auto companions_of(const Options& options, const aligned_models& models, memory_space space,
+    std::span<const aligned_tensor::operand> beside)
 {
     if constexpr (requires { method<Options>::companions(options, models, space); }) {
         return method<Options>::companions(options, models, space);
     }
-    std::vector<companion> companions;
-    for (std::size_t i = 0; i < beside.size(); ++i) {
-        const std::size_t tensor = i / (beside.size() / models.tensors().size());
-        companions.push_back({tensor, beside[i].data, byte_count(beside[i].dtype, models.tensors()[tensor].size)});
+    else {
+        call_vector<companion> companions;
+        for (std::size_t i = 0; i < beside.size(); ++i) {
+            const std::size_t tensor = i / (beside.size() / models.tensors().size());
+            companions.push_back({tensor, beside[i].data, byte_count(beside[i].dtype, models.tensors()[tensor].size)});
+        }
+        return companions;
     }
-    return companions;
 }
 
 /// Stores merged rows as the output's dtype, in place where the sink has memory, otherwise chunk by chunk.

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/models/block.hpp>
 
 #include <array>
@@ -16,7 +17,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
 /// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
 template <class Types = storage_types, class Term>
-[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
+[[nodiscard]] call_vector<call_vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
     std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term);
 
 namespace detail {
@@ -52,11 +53,11 @@ private:
 } // namespace detail
 
 template <class Types, class Term>
-std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models, std::size_t width,
+call_vector<call_vector<double>> tensor_sums(const cpu& policy, const aligned_models& models, std::size_t width,
     std::size_t scratch_rows, std::string_view phase, Term&& term)
 {
     // Blocks are the leaves, whatever the chunks are.
-    std::vector<std::size_t> first_block{0};
+    call_vector<std::size_t> first_block(1, 0);
     for (const auto& tensor : models.tensors()) {
         first_block.push_back(first_block.back() + (tensor.size + block_size - 1) / block_size);
     }
@@ -71,7 +72,7 @@ std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_mo
                 first_block[models.chunks()[index].tensor] + static_cast<std::size_t>(rows.offset() / block_size);
             term(rows, leaves.data() + leaf * width);
         });
-    std::vector<std::vector<double>> sums(models.tensors().size(), std::vector<double>(width));
+    call_vector<call_vector<double>> sums(models.tensors().size(), call_vector<double>(width));
     for (std::size_t i = 0; i < sums.size(); ++i) {
         for (std::size_t which = 0; which < width; ++which) {
             detail::pairwise_sum sum;

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/wrong_call.hpp>
 #include <taskvec/select/sparse.hpp>
@@ -77,6 +78,7 @@ void post_pruning(
     if (!models.has_base() || models.task_count() != 1) {
         raise<invalid_argument>(error_code::task_count, "pruning takes one base and one task");
     }
+    const detail::call_memory memory(policy.memory);
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
     // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to,
     // are not stored.
@@ -93,7 +95,7 @@ void post_pruning(
         models.tensors()[tensor].wide_base() ? then(std::type_identity<double>{}) : then(std::type_identity<float>{});
     };
     std::pmr::vector<std::uint64_t> first(models.chunks().size() + 1, 0, memory_of(policy));
-    std::vector<std::uint64_t> kept(models.tensors().size(), 0);
+    call_vector<std::uint64_t> kept(models.tensors().size(), 0);
     for_each_block(policy, models, all_chunks(models), 0, "count", [&](std::size_t index, std::size_t, auto& rows) {
         std::uint64_t count = 0;
         const std::size_t tensor = models.chunks()[index].tensor;

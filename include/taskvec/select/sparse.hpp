@@ -617,7 +617,7 @@ class sparse_sink {
 public:
     virtual ~sparse_sink() = default;
     /// kept[i] entries of models.tensors()[i] will follow. Called once, before any write.
-    virtual void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) = 0;
+    virtual void begin(const aligned_models& models, std::span<const std::uint64_t> kept) = 0;
     /// Entries number `first` … `first + n − 1` of a tensor; they all lie in its elements [from, to), where `from` is a
     /// multiple of 64 and `to` too, or the tensor's end. n may be 0.
     virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
@@ -633,7 +633,7 @@ public:
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
-    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    void begin(const aligned_models& models, std::span<const std::uint64_t> kept) override
     {
         tensors_.clear();
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/parallel.hpp>
@@ -51,14 +52,14 @@ struct top_k_by_sampling {
     std::size_t at_once = 1; ///< how many such searches there are at a time, which share the budget
 
     template <arithmetic_element A>
-    [[nodiscard]] std::vector<top_k_threshold<A>> operator()(
+    [[nodiscard]] call_vector<top_k_threshold<A>> operator()(
         std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) const
     {
         // Half the budget for what a pass collects, for all tasks together.
         const std::size_t capacity =
             std::min(std::size_t{1} << 22, models->options().memory / 2 / (models->task_count() * sizeof(A) * at_once));
         const chunk_range chunks{models->first_chunk(range.first), models->first_chunk(range.last)};
-        return top_k_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
+        return found_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
     }
 
     /// Calls f(tensor, search) for every tensor, with what searches that tensor: several tensors at a time on a thread
@@ -80,12 +81,14 @@ struct top_k_by_sampling {
             if (!meter.advance(bytes)) { raise<cancelled>(error_code::cancelled); }
             return bytes;
         };
-        cpu together{policy->threads, policy->executor, policy->memory, {}};
+        cpu reporting; // a copy that tells of the place among all tensors, where somebody is told
         if (policy->progress) {
-            together.progress = [&](const progress_event& event) {
+            reporting = *policy;
+            reporting.progress = [&](const progress_event& event) {
                 return policy->progress({event.phase, before + event.done, total, event.unit});
             };
         }
+        const cpu& together = policy->progress ? reporting : *policy;
         const cpu alone = sequential(*policy);
         for (std::size_t i = 0, end = 0; i < tensors.size(); i = end) {
             end = i + 1;
@@ -120,9 +123,9 @@ public:
     { }
     /// `each`: one for each task, or none for `all`. `what`: "densities", for messages. Errors: invalid_argument where
     /// there are not as many as tasks.
-    task_shares(double all, std::vector<double> each, std::size_t tasks, std::string_view what)
+    task_shares(double all, std::span<const double> each, std::size_t tasks, std::string_view what)
         : all_(all)
-        , each_(std::move(each))
+        , each_(each.begin(), each.end())
     {
         if (!each_.empty() && each_.size() != tasks) {
             raise<invalid_argument>(error_code::list_length,
@@ -134,7 +137,7 @@ public:
 
 private:
     double all_;
-    std::vector<double> each_{};
+    call_vector<double> each_{};
 };
 
 /// Thresholds of every task vector, over the whole model or for each tensor.
@@ -208,15 +211,15 @@ public:
 private:
     template <arithmetic_element A, class Count, class Search>
     void find(const aligned_models& models, const Count& count, bool equals, const Search& search,
-        std::vector<top_k_threshold<A>>& thresholds)
+        call_vector<top_k_threshold<A>>& thresholds)
     {
         const std::size_t scopes = per_tensor_ ? models.tensors().size() : 1;
         const top_k_threshold<A> none{static_cast<bits_type<A>>(~sign_mask<A>), 0}; // above every magnitude
         thresholds.assign(scopes * tasks_, none);
-        std::vector<unsigned> walks(scopes, 0);
+        call_vector<unsigned> walks(scopes, 0);
         const auto find_in = [&](std::size_t at, tensor_range range, std::uint64_t n, const auto& found_by) {
-            std::vector<std::uint64_t> counts;
-            std::vector<bool> empty;
+            call_vector<std::uint64_t> counts;
+            call_vector<bool> empty;
             for (std::size_t t = 0; t < tasks_; ++t) {
                 std::uint64_t k = 0;
                 if constexpr (std::invocable<const Count&, std::uint64_t, std::size_t>) { k = count(n, t); }
@@ -248,8 +251,8 @@ private:
         for (const unsigned taken : walks) { walks_ = std::max(walks_, taken); }
     }
 
-    std::vector<top_k_threshold<float>> single_;
-    std::vector<top_k_threshold<double>> wide_;
+    call_vector<top_k_threshold<float>> single_;
+    call_vector<top_k_threshold<double>> wide_;
     bool per_tensor_;
     std::size_t tasks_;
     unsigned walks_ = 0;

@@ -10,6 +10,7 @@
 // the bracket and walks again; what sampling cannot narrow, a histogram does.
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/instruction_set.hpp>
 #include <taskvec/core/random.hpp>
 #include <taskvec/core/stored_pack.hpp>
@@ -468,7 +469,7 @@ public:
     }
 
     /// counts[t] of task vector t are kept. `walks` receives how often the data were read from end to end.
-    std::vector<top_k_threshold<A>> run(std::span<const std::uint64_t> counts, unsigned* walks)
+    call_vector<top_k_threshold<A>> run(std::span<const std::uint64_t> counts, unsigned* walks)
     {
         channels_.resize(counts.size());
         for (std::size_t t = 0; t < counts.size(); ++t) {
@@ -480,7 +481,7 @@ public:
         walks_ = 0;
         while (!std::all_of(channels_.begin(), channels_.end(), [](const channel& c) { return c.done; })) { round(); }
         if (walks) { *walks = walks_; }
-        std::vector<top_k_threshold<A>> thresholds;
+        call_vector<top_k_threshold<A>> thresholds;
         for (const auto& c : channels_) { thresholds.push_back(c.threshold); }
         return thresholds;
     }
@@ -494,7 +495,7 @@ private:
 
     void round()
     {
-        std::vector<attempt> attempts(channels_.size());
+        call_vector<attempt> attempts(channels_.size());
         auto samples = sample();
         for (std::size_t t = 0; t < channels_.size(); ++t) {
             if (!channels_[t].done) { plan(channels_[t], attempts[t], samples[t]); }
@@ -573,7 +574,7 @@ private:
         a.shift = width > bin_bits ? width - bin_bits : 0;
     }
 
-    void walk(const std::vector<attempt>& attempts, seen_of_channels& seen)
+    void walk(const call_vector<attempt>& attempts, seen_of_channels& seen)
     {
         const std::size_t count = range_.last - range_.first,
                           share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
@@ -795,9 +796,17 @@ private:
     std::pmr::memory_resource* memory_;
     std::pmr::vector<block_workspace> workspaces_;
     std::uint64_t elements_ = 0, begin_ = 0;
-    std::vector<channel> channels_;
+    call_vector<channel> channels_;
     unsigned walks_ = 0;
 };
+
+/// top_k_thresholds(), as a list of the call.
+template <arithmetic_element A, class Types>
+[[nodiscard]] call_vector<top_k_threshold<A>> found_thresholds(const cpu& policy, const aligned_models& models,
+    chunk_range range, std::span<const std::uint64_t> counts, std::size_t capacity, unsigned* walks)
+{
+    return top_k_search<A, Types>(policy, models, range, std::max<std::size_t>(1024, capacity)).run(counts, walks);
+}
 
 } // namespace detail
 
@@ -813,8 +822,9 @@ template <arithmetic_element A, class Types = storage_types>
     chunk_range range, std::span<const std::uint64_t> counts, std::size_t capacity = std::size_t{1} << 22,
     unsigned* walks = nullptr)
 {
-    return detail::top_k_search<A, Types>(policy, models, range, std::max<std::size_t>(1024, capacity))
-        .run(counts, walks);
+    const detail::call_memory memory(policy.memory);
+    const auto found = detail::found_thresholds<A, Types>(policy, models, range, counts, capacity, walks);
+    return {found.begin(), found.end()};
 }
 
 /// The threshold that keeps the k entries of largest magnitude of a flat view, lowest index first among equals.

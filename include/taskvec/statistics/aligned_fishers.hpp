@@ -3,6 +3,8 @@
 #pragma once
 
 #include <taskvec/core/by_name.hpp>
+#include <taskvec/core/call_memory.hpp>
+#include <taskvec/core/callback.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/companion.hpp>
 
@@ -58,7 +60,7 @@ public:
                         message("tensor '", tensor.name, "' is missing in ", fishers_label(labels, t, models),
                             ": collect statistics for every parameter, or exclude the tensor"));
                 }
-                check_fisher(*fisher, tensor, fishers_label(labels, t, models), space);
+                check_fisher(*fisher, tensor, [&] { return fishers_label(labels, t, models); }, space);
                 operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
                 companions_.push_back({i, operands_[i * tasks + t].data, byte_count(fisher->dtype, tensor.size)});
             }
@@ -66,32 +68,32 @@ public:
     }
 
     /// Ft of each tensor, [tensor][task]; null data where it counts as 0.
-    [[nodiscard]] const std::vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
-    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
+    [[nodiscard]] const call_vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
+    [[nodiscard]] const call_vector<companion>& companions() const noexcept { return companions_; }
 
 private:
-    static void check_fisher(
-        const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
+    static void check_fisher(const const_tensor_ref& fisher, const aligned_tensor& tensor,
+        function_ref<std::string()> where, memory_space space)
     {
         if (fisher.shape != tensor.shape) {
             raise<shape_mismatch>(error_code::statistics_shape,
-                message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where, " but ",
+                message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where(), " but ",
                     to_string(tensor.shape), " in the models: these are the statistics of another model"));
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_unsupported,
-                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where, "; expected ",
-                    storage_names(), ": convert it"));
+                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where(),
+                    "; expected ", storage_names(), ": convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
             raise<invalid_argument>(error_code::tensor_layout,
-                message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                message("tensor '", tensor.name, "' of ", where(), " must be contiguous ",
                     space == memory_space::host ? "host" : "device", " memory: copy it first"));
         }
     }
 
-    std::vector<aligned_tensor::operand> operands_;
-    std::vector<companion> companions_;
+    call_vector<aligned_tensor::operand> operands_;
+    call_vector<companion> companions_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI::detail

@@ -85,8 +85,9 @@ inline void add_norms(const gpu& policy, const aligned_models& merged_and_base, 
 {
     resident_models resident(policy, merged_and_base);
     const auto merged = tensor_dots(resident, {{1, 1}}, false);
-    const auto change = merged_and_base.has_base() ? tensor_dots(resident, {{1, 1}}, true)
-                                                   : std::vector(merged.size(), std::vector{0.0});
+    const auto change = merged_and_base.has_base()
+        ? tensor_dots(resident, {{1, 1}}, true)
+        : call_vector<call_vector<double>>(merged.size(), call_vector<double>(1));
     for (std::size_t i = 0; i < merged.size(); ++i) {
         report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(merged[i][0]), std::sqrt(change[i][0])});
     }
@@ -102,7 +103,7 @@ merge_report merge_in_device_memory(const gpu& policy, const Options& options, c
     }
     const aligned_models models = align_on_device(policy, base, tasks, how);
     memory_sink sink = sink_over(models, out, memory_space::device);
-    const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::device);
+    const auto beside = operands_beside(options, models, memory_space::device);
     check_aliases(models, sink, method_type::in_place, companions_of(options, models, memory_space::device, beside));
     resident_models resident(policy, models, &sink, beside);
     merge_report report = merge_on_device(resident, options);

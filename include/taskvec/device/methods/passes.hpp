@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/device/methods/vector_dots.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/device/models/tensor_dots.hpp>
@@ -10,7 +11,9 @@
 
 #include <concepts>
 #include <cstddef>
+#include <initializer_list>
 #include <memory>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -42,8 +45,8 @@ public:
         return models_->operand(tensor, 1 + tasks() + b);
     }
     /// A table where functors can read it; it lives as long as the passes do.
-    template <class T>
-    [[nodiscard]] const T* keep(const std::vector<T>& table)
+    template <class T, class Allocator>
+    [[nodiscard]] const T* keep(const std::vector<T, Allocator>& table)
     {
         const auto kept = std::make_shared<device::buffer<T>>(policy(), table);
         tables_.push_back(kept);
@@ -68,13 +71,20 @@ private:
 
 /// As on the CPU, with its bits.
 template <std::same_as<device_passes> Passes>
-[[nodiscard]] std::vector<std::vector<double>> tensor_dots(
-    Passes& passes, const std::vector<operand_pair>& pairs, bool difference, std::string_view = {})
+[[nodiscard]] call_vector<call_vector<double>> tensor_dots(
+    Passes& passes, std::span<const operand_pair> pairs, bool difference, std::string_view = {})
 {
     bool beside = !pairs.empty();
     for (const operand_pair pair : pairs) { beside = beside && pair.first > passes.tasks(); }
     return tensor_dots(
         passes.walked(), pairs, difference, beside ? passes.nonfinite_beside() : passes.walked().nonfinite_flag());
+}
+
+template <std::same_as<device_passes> Passes>
+[[nodiscard]] call_vector<call_vector<double>> tensor_dots(
+    Passes& passes, std::initializer_list<operand_pair> pairs, bool difference, std::string_view phase = {})
+{
+    return tensor_dots(passes, std::span<const operand_pair>(pairs.begin(), pairs.size()), difference, phase);
 }
 
 /// As on the CPU, with its bits.

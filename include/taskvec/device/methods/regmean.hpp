@@ -36,7 +36,7 @@ public:
     void write(device_models& models, merge_report&) const
     {
         device_passes passes(models);
-        const method<average_options> prepared(passes, {problem_.weights()});
+        const method<average_options> prepared(passes, problem_.weights(), true);
         detail::device_walk<average_options> average(passes, prepared);
         std::size_t next = 0; // the first tensor that is not written
         for (const detail::gram_layer& one : problem_.layers()) {
@@ -182,7 +182,7 @@ private:
         const elementwise::strided_runs runs =
             whole ? elementwise::strided_runs{0, size, size} : elementwise::strided_runs{0, count, one.out};
         const aligned_tensor& tensor = models.models().tensors()[one.tensor];
-        const std::vector<double>& weights = problem_.weights();
+        const auto weights = problem_.weights();
         const device_matrix_view<double> deviation(memory.deviation.data(), n, count, order),
             image(memory.image.data(), n, count, order);
         memory.mean.clear();

@@ -30,7 +30,7 @@ merge_report merge_streamed(const gpu& policy, const Options& options, const ali
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
-    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
+    const auto beside = detail::operands_beside(options, models, memory_space::host);
     detail::check_aliases(
         models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
     std::optional<overflow_guard> guard;

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -95,7 +96,7 @@ TASKVEC_KERNELS_END
 /// The dot products i·j, j ≤ i, of the tasks (task vectors, where there is a base) of every vector of every tensor:
 /// [vector][pair], a tensor's from vector first[tensor] on. One read of the models. Waits.
 [[nodiscard]] inline std::vector<double> vector_dots(device_models& models,
-    const std::vector<detail::vector_layout>& layouts, const std::vector<std::uint64_t>& first, std::size_t vectors)
+    std::span<const detail::vector_layout> layouts, std::span<const std::uint64_t> first, std::size_t vectors)
 {
     std::vector<operand_pair> pairs;
     for (std::uint32_t i = 0; i < models.models().task_count(); ++i) {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/models/operand_pair.hpp>
 #include <taskvec/models/tensor_sums.hpp>
@@ -9,6 +10,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -85,8 +88,8 @@ TASKVEC_KERNELS_END
 /// The dots of `pairs` over every tensor, [tensor][pair]: the same bits as tensor_sums() of kernels::dot on the CPU.
 /// One read of the models, n/4096 numbers of 8 bytes to the host for each pair. Waits. The least place of NaN or
 /// infinity is noted in *flag: by default where models.check_finite() looks. Operands that are null count as 0.
-[[nodiscard]] inline std::vector<std::vector<double>> tensor_dots(
-    device_models& models, const std::vector<operand_pair>& pairs, bool difference, elementwise::counter* flag)
+[[nodiscard]] inline call_vector<call_vector<double>> tensor_dots(
+    device_models& models, std::span<const operand_pair> pairs, bool difference, elementwise::counter* flag)
 {
     const auto& tensors = models.models().tensors();
     std::vector<std::size_t> first_leaf{0};
@@ -120,7 +123,7 @@ TASKVEC_KERNELS_END
         },
         first_operand);
     const std::vector<double> found = leaves.download();
-    std::vector<std::vector<double>> sums(tensors.size(), std::vector<double>(width));
+    call_vector<call_vector<double>> sums(tensors.size(), call_vector<double>(width));
     for (std::size_t i = 0; i < sums.size(); ++i) {
         for (std::size_t which = 0; which < width; ++which) {
             detail::pairwise_sum sum;
@@ -133,10 +136,15 @@ TASKVEC_KERNELS_END
     return sums;
 }
 
-[[nodiscard]] inline std::vector<std::vector<double>> tensor_dots(
-    device_models& models, const std::vector<operand_pair>& pairs, bool difference)
+[[nodiscard]] inline call_vector<call_vector<double>> tensor_dots(
+    device_models& models, std::span<const operand_pair> pairs, bool difference)
 {
     return tensor_dots(models, pairs, difference, models.nonfinite_flag());
+}
+[[nodiscard]] inline call_vector<call_vector<double>> tensor_dots(
+    device_models& models, std::initializer_list<operand_pair> pairs, bool difference)
+{
+    return tensor_dots(models, std::span<const operand_pair>(pairs.begin(), pairs.size()), difference);
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/pack.hpp>
@@ -26,14 +27,14 @@ struct enum_words<disjoint_merge> {
 /// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
 /// mean, and in the test of agreement (where only its sign counts).
 struct election_weights {
-    std::vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
+    call_vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
 };
 
 /// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
 template <arithmetic_element A>
-[[nodiscard]] std::vector<A> election_factors(const election_weights& weights)
+[[nodiscard]] call_vector<A> election_factors(const election_weights& weights)
 {
-    std::vector<A> factors;
+    call_vector<A> factors;
     for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
         for (const double weight : *list) { factors.push_back(static_cast<A>(weight)); }
     }

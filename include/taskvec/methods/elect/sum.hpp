@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/fwd.hpp>
 #include <taskvec/methods/keep/all.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
@@ -52,13 +53,13 @@ public:
     {
         auto weights = task_weights(options.weights, passes.tasks());
         if (rescale) {
-            std::vector<double> scaled;
+            call_vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
                 for (std::size_t t = 0; t < factors.size(); ++t) { scaled.push_back(weights[t] * factors[t]); }
             }
             weights = std::move(scaled);
         }
-        single_ = passes.keep(std::vector<float>(weights.begin(), weights.end()));
+        single_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
         wide_ = passes.keep(std::move(weights));
     }
     template <arithmetic_element A, class Rule>

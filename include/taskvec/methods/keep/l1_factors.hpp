@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/pack.hpp>
@@ -18,7 +19,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
 /// 1e-7, as in mergekit. Cost: one read of the models. On the CPU only: invalid_argument elsewhere.
 template <class Passes, class Keep>
-[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep);
+[[nodiscard]] call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep);
 
 namespace kernels {
 
@@ -85,7 +86,7 @@ void keep_row(const row_block<A>& rows, const Rule& rule, std::size_t t, const A
 } // namespace detail
 
 template <class Passes, class Keep>
-std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
+call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep)
 {
     if constexpr (Passes::space != memory_space::host) {
         static_cast<void>(keep);

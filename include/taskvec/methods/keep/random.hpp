@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/core/random.hpp>
@@ -55,7 +56,7 @@ public:
     keep_random(Passes& passes, const task_shares& density, std::uint64_t seed, bool divided = true)
         : divisors_(passes, divisors_of(passes.tasks(), density, divided))
     {
-        std::vector<std::uint64_t> bounds;
+        call_vector<std::uint64_t> bounds;
         for (std::size_t t = 0; t < passes.tasks(); ++t) {
             bounds.push_back(keep_below(density.of(t)));
             draws_ = draws_ || (bounds.back() != 0 && bounds.back() >> 32 == 0);
@@ -81,9 +82,9 @@ private:
         return density;
     }
 
-    [[nodiscard]] static std::vector<double> divisors_of(std::size_t tasks, const task_shares& density, bool divided)
+    [[nodiscard]] static call_vector<double> divisors_of(std::size_t tasks, const task_shares& density, bool divided)
     {
-        std::vector<double> divisors;
+        call_vector<double> divisors;
         for (std::size_t t = 0; t < tasks; ++t) {
             const double share = checked(density.of(t));
             divisors.push_back(divided ? share : 1.0);
@@ -94,7 +95,7 @@ private:
     kept_numbers divisors_;
     const std::uint64_t* bounds_ = nullptr;
     bool draws_ = false;
-    std::vector<std::uint64_t> keys_;
+    call_vector<std::uint64_t> keys_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

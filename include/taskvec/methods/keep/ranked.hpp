@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/pack.hpp>
@@ -176,7 +177,7 @@ public:
 
     /// Σ|τ| / Σ|kept τ| for every tensor and task, as l1_factors() says of other rules.
     template <class Types>
-    [[nodiscard]] std::vector<std::vector<double>> l1_factors() const
+    [[nodiscard]] call_vector<call_vector<double>> l1_factors() const
     {
         const std::size_t tasks = densities_.size();
         std::pmr::memory_resource* const memory = memory_of(policy_);
@@ -201,7 +202,7 @@ public:
                     leaves[2 * (index * tasks + t) + 1] = kept;
                 }
             });
-        std::vector<std::vector<double>> factors;
+        call_vector<call_vector<double>> factors;
         for (std::size_t i = 0; i < models_->tensors().size(); ++i) {
             factors.emplace_back();
             for (std::size_t t = 0; t < tasks; ++t) {
@@ -288,18 +289,18 @@ private:
         return densities_[t] - epsilons_[t] + 2 * epsilons_[t] * static_cast<double>(rank) / static_cast<double>(n - 1);
     }
 
-    cpu policy_;
+    const cpu& policy_;
     const aligned_models* models_;
     rank_axis axis_;
     bool divided_;
     row_pieces pieces_;
-    std::vector<double> densities_, epsilons_;
-    std::vector<std::uint64_t> keys_;
+    call_vector<double> densities_, epsilons_;
+    call_vector<std::uint64_t> keys_;
 };
 
 /// The same of ranked entries, which are looked at in whole rows.
 template <class Passes>
-[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes&, const keep_ranked& keep)
+[[nodiscard]] call_vector<call_vector<double>> l1_factors(Passes&, const keep_ranked& keep)
 {
     return keep.l1_factors<storage_of<Passes>>();
 }

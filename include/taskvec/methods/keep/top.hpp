@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/select/thresholds.hpp>
 
@@ -91,8 +92,8 @@ private:
     {
         walks_ = found.walks();
         const std::size_t rows = per_tensor_ ? passes.models().tensors().size() : 1;
-        std::vector<bounds<float>> single;
-        std::vector<bounds<double>> wide;
+        call_vector<bounds<float>> single;
+        call_vector<bounds<double>> wide;
         for (std::size_t row = 0; row < rows; ++row) {
             for (std::size_t t = 0; t < tasks_; ++t) {
                 single.emplace_back(found.get<float>(row, t));
