@@ -11900,7 +11900,8 @@ public:
     /// Bytes of all tensors.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
     /// What whoever opened it should know: sentences without a full stop.
-    [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    [[nodiscard]] const std::vector<std::string>& notes() const& noexcept { return notes_; }
+    void notes() const&& = delete; // name the owner first: the reference would dangle
     /// Tensors that its index lists and no file has: none, unless it was opened leniently.
     [[nodiscard]] const std::vector<std::string>& absent() const noexcept { return absent_; }
     /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
@@ -18829,11 +18830,14 @@ public:
     [[nodiscard]] bool computed() const noexcept { return computed_; }
 
     /// The tensors that the result holds, in name order.
-    [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
+    [[nodiscard]] const std::vector<tensor_spec>& outputs() const& noexcept { return outputs_; }
+    void outputs() const&& = delete; // name the owner first: the reference would dangle
     /// The included floating tensors, in name order.
-    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const& noexcept { return tensors_; }
+    void tensors() const&& = delete; // name the owner first: the reference would dangle
     /// The tensors that are copied, in name order.
-    [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    [[nodiscard]] const std::vector<copied_tensor>& copied() const& noexcept { return copied_; }
+    void copied() const&& = delete; // name the owner first: the reference would dangle
     /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary
@@ -20126,6 +20130,9 @@ public:
         }
         list.push_back(std::move(change));
     }
+    template <arithmetic_element T>
+    void add(const const_model_ref&, const std::string&, const lora_update<T>&&, double = 1, update_place = {},
+        std::string_view = {}) = delete; // name the update first: it is referred to
     /// Adds weight·(saved − base): a tensor that was trained whole. With weight 1, and nothing else for this tensor, it
     /// takes the base's place.
     void replace(const const_model_ref& base, const std::string& tensor, const const_tensor_ref& saved,

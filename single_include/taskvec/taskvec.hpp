@@ -5031,11 +5031,14 @@ public:
     [[nodiscard]] bool computed() const noexcept { return computed_; }
 
     /// The tensors that the result holds, in name order.
-    [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
+    [[nodiscard]] const std::vector<tensor_spec>& outputs() const& noexcept { return outputs_; }
+    void outputs() const&& = delete; // name the owner first: the reference would dangle
     /// The included floating tensors, in name order.
-    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const& noexcept { return tensors_; }
+    void tensors() const&& = delete; // name the owner first: the reference would dangle
     /// The tensors that are copied, in name order.
-    [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    [[nodiscard]] const std::vector<copied_tensor>& copied() const& noexcept { return copied_; }
+    void copied() const&& = delete; // name the owner first: the reference would dangle
     /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary
@@ -6328,6 +6331,9 @@ public:
         }
         list.push_back(std::move(change));
     }
+    template <arithmetic_element T>
+    void add(const const_model_ref&, const std::string&, const lora_update<T>&&, double = 1, update_place = {},
+        std::string_view = {}) = delete; // name the update first: it is referred to
     /// Adds weight·(saved − base): a tensor that was trained whole. With weight 1, and nothing else for this tensor, it
     /// takes the base's place.
     void replace(const const_model_ref& base, const std::string& tensor, const const_tensor_ref& saved,
@@ -10714,6 +10720,9 @@ public:
         , models_(&models)
         , beside_(beside)
     { }
+    // Name both first: they are referred to.
+    cpu_passes(const cpu&&, const aligned_models&, std::span<const aligned_tensor::operand> = {}) = delete;
+    cpu_passes(const cpu&, const aligned_models&&, std::span<const aligned_tensor::operand> = {}) = delete;
 
     /// Where the passes run.
     [[nodiscard]] const cpu& policy() const noexcept { return *policy_; }
@@ -10844,9 +10853,8 @@ template <std::derived_from<cpu_passes> Passes>
         });
 }
 
-
 /// The same of pairs in braces.
-template <class Passes>
+template <std::derived_from<cpu_passes> Passes>
 [[nodiscard]] call_vector<call_vector<double>> tensor_dots(
     Passes& passes, std::initializer_list<operand_pair> pairs, bool difference, std::string_view phase = "sums")
 {
@@ -11208,8 +11216,7 @@ inline void check_aliases(
 /// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space
 /// `space`.
 template <class Options>
-[[nodiscard]] auto operands_beside(
-    const Options& options, const aligned_models& models, memory_space space)
+[[nodiscard]] auto operands_beside(const Options& options, const aligned_models& models, memory_space space)
 {
     if constexpr (requires { method<Options>::beside(options, models, space); }) {
         return method<Options>::beside(options, models, space);
@@ -11228,8 +11235,8 @@ using read_types = std::conditional_t<requires(const Options& options, const ali
 /// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
 /// data.
 template <class Options>
-[[nodiscard]] auto companions_of(const Options& options, const aligned_models& models,
-    memory_space space, std::span<const aligned_tensor::operand> beside)
+[[nodiscard]] auto companions_of(const Options& options, const aligned_models& models, memory_space space,
+    std::span<const aligned_tensor::operand> beside)
 {
     if constexpr (requires { method<Options>::companions(options, models, space); }) {
         return method<Options>::companions(options, models, space);
@@ -16179,8 +16186,7 @@ double cosine(const cpu& policy, const X& x, const Y& y)
 
 namespace detail {
 /// A symmetric matrix from the sums of its upper triangle, row by row, tensor by tensor.
-[[nodiscard]] inline std::vector<double> symmetric_dots(
-    const call_vector<call_vector<double>>& sums, std::size_t tasks)
+[[nodiscard]] inline std::vector<double> symmetric_dots(const call_vector<call_vector<double>>& sums, std::size_t tasks)
 {
     std::vector<double> matrix(tasks * tasks, 0.0);
     std::size_t pair = 0;
@@ -24406,8 +24412,8 @@ public:
     [[nodiscard]] const call_vector<companion>& companions() const noexcept { return companions_; }
 
 private:
-    static void check_fisher(
-        const const_tensor_ref& fisher, const aligned_tensor& tensor, function_ref<std::string()> where, memory_space space)
+    static void check_fisher(const const_tensor_ref& fisher, const aligned_tensor& tensor,
+        function_ref<std::string()> where, memory_space space)
     {
         if (fisher.shape != tensor.shape) {
             raise<shape_mismatch>(error_code::statistics_shape,
@@ -24416,8 +24422,8 @@ private:
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_unsupported,
-                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where(), "; expected ",
-                    storage_names(), ": convert it"));
+                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where(),
+                    "; expected ", storage_names(), ": convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
             raise<invalid_argument>(error_code::tensor_layout,
@@ -25016,8 +25022,8 @@ private:
     cpu policy_;
     Options options_;
     aligned_models models_;
-    decltype(operands_beside(std::declval<const Options&>(), std::declval<const aligned_models&>(), memory_space::host))
-        beside_;
+    decltype(operands_beside(
+        std::declval<const Options&>(), std::declval<const aligned_models&>(), memory_space::host)) beside_;
     typed_passes<storage_types> passes_;
     method<Options> prepared_;
     mutable std::mutex mutex_;
@@ -28387,7 +28393,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     const aligned_models models(&base, {&base, 1});
 ///     merge(cpu{}, sparse_addition_options{.entries = file.parts()}, models, sink);
 struct sparse_addition_options {
-    std::span<const sparse_view> entries{}; ///< each names its tensor
+    std::span<const sparse_view> entries{}; ///< each names its tensor; they outlive the options
     double scale = 1.0; ///< of every entry
     nonfinite on_nonfinite = nonfinite::propagate; ///< NaN and infinity among the entries
 };

@@ -97,6 +97,9 @@ public:
         }
         list.push_back(std::move(change));
     }
+    template <arithmetic_element T>
+    void add(const const_model_ref&, const std::string&, const lora_update<T>&&, double = 1, update_place = {},
+        std::string_view = {}) = delete; // name the update first: it is referred to
     /// Adds weight·(saved − base): a tensor that was trained whole. With weight 1, and nothing else for this tensor, it
     /// takes the base's place.
     void replace(const const_model_ref& base, const std::string& tensor, const const_tensor_ref& saved,

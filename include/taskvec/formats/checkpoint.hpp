@@ -95,7 +95,8 @@ public:
     /// Bytes of all tensors.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
     /// What whoever opened it should know: sentences without a full stop.
-    [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    [[nodiscard]] const std::vector<std::string>& notes() const& noexcept { return notes_; }
+    void notes() const&& = delete; // name the owner first: the reference would dangle
     /// Tensors that its index lists and no file has: none, unless it was opened leniently.
     [[nodiscard]] const std::vector<std::string>& absent() const noexcept { return absent_; }
     /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint

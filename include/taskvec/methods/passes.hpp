@@ -30,6 +30,9 @@ public:
         , models_(&models)
         , beside_(beside)
     { }
+    // Name both first: they are referred to.
+    cpu_passes(const cpu&&, const aligned_models&, std::span<const aligned_tensor::operand> = {}) = delete;
+    cpu_passes(const cpu&, const aligned_models&&, std::span<const aligned_tensor::operand> = {}) = delete;
 
     /// Where the passes run.
     [[nodiscard]] const cpu& policy() const noexcept { return *policy_; }

@@ -219,11 +219,14 @@ public:
     [[nodiscard]] bool computed() const noexcept { return computed_; }
 
     /// The tensors that the result holds, in name order.
-    [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
+    [[nodiscard]] const std::vector<tensor_spec>& outputs() const& noexcept { return outputs_; }
+    void outputs() const&& = delete; // name the owner first: the reference would dangle
     /// The included floating tensors, in name order.
-    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const& noexcept { return tensors_; }
+    void tensors() const&& = delete; // name the owner first: the reference would dangle
     /// The tensors that are copied, in name order.
-    [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    [[nodiscard]] const std::vector<copied_tensor>& copied() const& noexcept { return copied_; }
+    void copied() const&& = delete; // name the owner first: the reference would dangle
     /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary

@@ -25,7 +25,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     const aligned_models models(&base, {&base, 1});
 ///     merge(cpu{}, sparse_addition_options{.entries = file.parts()}, models, sink);
 struct sparse_addition_options {
-    std::span<const sparse_view> entries{}; ///< each names its tensor
+    std::span<const sparse_view> entries{}; ///< each names its tensor; they outlive the options
     double scale = 1.0; ///< of every entry
     nonfinite on_nonfinite = nonfinite::propagate; ///< NaN and infinity among the entries
 };
