@@ -10792,13 +10792,34 @@ public:
     [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
     /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
     virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
-    /// Does beforehand, on the policy's threads, what the first read would do by itself.
+    /// Does beforehand, on the policy's threads and in its memory, what the first read would do by itself.
     virtual void prepare(const cpu& /*policy*/) const { }
     /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
     virtual void release() const { }
     /// Bits that are read for an element: for progress and reports.
     [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
 };
+
+namespace detail {
+/// Prepares a source, where there is one, and gives back what it keeps when the work is done.
+class prepared_source {
+public:
+    prepared_source(const operand_source* source, const cpu& policy)
+        : source_(source)
+    {
+        if (source_) { source_->prepare(policy); }
+    }
+    ~prepared_source()
+    {
+        if (source_) { source_->release(); }
+    }
+    prepared_source(const prepared_source&) = delete;
+    prepared_source& operator=(const prepared_source&) = delete;
+
+private:
+    const operand_source* source_;
+};
+} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
@@ -19556,7 +19577,9 @@ void for_each_block(const cpu& policy, const aligned_models& models, chunk_range
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <memory_resource>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19759,7 +19782,7 @@ public:
     void release() const override
     {
         const std::lock_guard lock(mutex_);
-        left_ = right_ = scale_ = {};
+        packs_.reset();
         ready_.store(false, std::memory_order_release);
     }
 
@@ -19775,8 +19798,8 @@ public:
             const std::size_t whole = column == 0 ? (count - at) / columns_ : 0;
             const std::size_t rows = std::max<std::size_t>(whole, 1);
             const std::size_t length = whole > 0 ? columns_ : std::min(columns_ - column, count - at);
-            kernels::run_widest(kernels::low_rank_rows<A>{
-                left_.data() + row * rank_, right_.data(), rank_, rows, column, length, values + at, columns_});
+            kernels::run_widest(kernels::low_rank_rows<A>{packs_->left.data() + row * rank_, packs_->right.data(),
+                rank_, rows, column, length, values + at, columns_});
             at += rows * length;
             row += rows;
             column = 0;
@@ -19812,11 +19835,11 @@ private:
     {
         const bool replaced = wholes_ == 1 && only_whole_->weight == 1;
         widen_to(replaced ? operand_of(only_whole_->saved) : base_, offset, count, out);
-        if (!scale_.empty()) {
+        if (packs_ && !packs_->scale.empty()) {
             for (std::size_t i = 0; i < count; ++i) {
                 const auto place =
                     static_cast<std::size_t>(scale_by_column_ ? (offset + i) % columns_ : (offset + i) / columns_);
-                out[i] = scale_[place] * out[i];
+                out[i] = packs_->scale[place] * out[i];
             }
         }
         if (wholes_ == 0 || replaced) { return; }
@@ -19836,7 +19859,7 @@ private:
     void lay_out(const cpu& policy) const
     {
         rank_ = wholes_ = 0;
-        scale_ = {};
+        packs_.reset();
         bool rescaled = false;
         for (const auto& change : changes_) {
             if (!change.is_update()) {
@@ -19854,14 +19877,17 @@ private:
             ready_.store(true, std::memory_order_release);
             return;
         }
-        std::vector<double> scale(rescaled ? (scale_by_column_ ? columns_ : rows_) : 0, 1.0);
+        std::pmr::memory_resource* const memory = memory_of(policy);
+        std::pmr::vector<double> scale(rescaled ? (scale_by_column_ ? columns_ : rows_) : 0, 1.0, memory);
         constexpr std::size_t width = kernels::panel_width<A>;
         const std::size_t panels = (columns_ + width - 1) / width;
-        std::vector<A> left(rows_ * rank_), right(panels * width * rank_);
+        packs laid(memory);
+        laid.left.resize(rows_ * rank_);
+        laid.right.resize(panels * width * rank_);
         std::size_t first = 0;
         for (const auto& change : changes_) {
             if (!change.is_update()) { continue; }
-            std::vector<double> gain;
+            std::pmr::vector<double> gain(memory);
             if (!change.place.magnitude.empty()) {
                 gain = norms(policy, change);
                 for (std::size_t i = 0; i < gain.size(); ++i) {
@@ -19874,14 +19900,14 @@ private:
             const auto strength = [&](std::size_t output) { return gain.empty() ? factor : factor * gain[output]; };
             // The scaling goes into b, wherever b lies.
             for_each_index(policy, rows_, [&](std::size_t i, std::size_t) {
-                A* const to = left.data() + i * rank_ + first;
+                A* const to = laid.left.data() + i * rank_ + first;
                 for (std::size_t k = 0; k < change.rank(); ++k) {
                     to[k] = static_cast<A>(turned ? change.a(k, i) : change.b(i, k) * strength(i));
                 }
             });
             for_each_index(policy, panels, [&](std::size_t p, std::size_t) {
                 for (std::size_t k = 0; k < change.rank(); ++k) {
-                    A* const to = right.data() + (p * rank_ + first + k) * width;
+                    A* const to = laid.right.data() + (p * rank_ + first + k) * width;
                     for (std::size_t c = 0; c < std::min(width, columns_ - p * width); ++c) {
                         const std::size_t j = p * width + c;
                         to[c] = static_cast<A>(turned ? change.b(j, k) * strength(j) : change.a(k, j));
@@ -19890,14 +19916,13 @@ private:
             });
             first += change.rank();
         }
-        left_ = std::move(left);
-        right_ = std::move(right);
-        scale_.assign(scale.begin(), scale.end());
+        laid.scale.assign(scale.begin(), scale.end());
+        packs_.emplace(std::move(laid));
         ready_.store(true, std::memory_order_release);
     }
 
     /// ‖θ0 + s·b·a‖ of each output, in f64, in a fixed shape.
-    [[nodiscard]] std::vector<double> norms(const cpu& policy, const weight_change& change) const
+    [[nodiscard]] std::pmr::vector<double> norms(const cpu& policy, const weight_change& change) const
     {
         weight_change plain = change;
         plain.weight = 1;
@@ -19905,10 +19930,10 @@ private:
         const adapted_weight sum(name_, base_, rows_, columns_, {plain});
         sum.prepare(policy);
         const bool by_column = change.place.transposed;
-        std::vector<double> squares(by_column ? columns_ : rows_, 0.0);
+        std::pmr::vector<double> squares(by_column ? columns_ : rows_, 0.0, memory_of(policy));
         if (!by_column) {
             for_each_index(policy, rows_, [&](std::size_t i, std::size_t) {
-                std::vector<A> row(columns_);
+                std::pmr::vector<A> row(columns_, memory_of(policy));
                 sum.read(std::uint64_t{i} * columns_, columns_, row.data());
                 squares[i] = kernels::dot(row.data(), row.data(), columns_);
             });
@@ -19942,7 +19967,16 @@ private:
     std::vector<weight_change> changes_;
     mutable std::mutex mutex_;
     mutable std::atomic<bool> ready_{false};
-    mutable std::vector<A> left_, right_, scale_;
+    /// The factors of all updates side by side, b with the scaling, a in panels; and what DoRA scales the base by.
+    struct packs {
+        explicit packs(std::pmr::memory_resource* memory)
+            : left(memory)
+            , right(memory)
+            , scale(memory)
+        { }
+        std::pmr::vector<A> left, right, scale;
+    };
+    mutable std::optional<packs> packs_;
     mutable std::size_t rank_ = 0, wholes_ = 0;
     mutable const weight_change* only_whole_ = nullptr;
     mutable bool scale_by_column_ = false;

@@ -5,12 +5,14 @@
 #include "counted.hpp"
 
 #include <taskvec/adapters/extract.hpp>
+#include <taskvec/adapters/fuse.hpp>
 #include <taskvec/adapters/merge_adapters.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/linalg/truncated_svd.hpp>
 #include <taskvec/methods/regmean.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 #include <taskvec/statistics/fisher_accumulator.hpp>
 #include <taskvec/statistics/gram_accumulator.hpp>
@@ -94,6 +96,35 @@ TEST_CASE_TEMPLATE("Adapters are merged, compressed and extracted in memory of t
     check_call("extract_lora exactly", 3, [&](const cpu& policy) {
         return extract_lora<T>(policy, base, tuned, {.rank = {.rank = 16}}, decompose_exactly{});
     });
+}
+
+TEST_CASE_TEMPLATE("Adapters are fused, and read as tasks, in memory of the policy's resource", T, float, double)
+{
+    const lora_adapter<T> adapter = drawn_adapter<T>(128, 1);
+    std::vector<T> weights, fused;
+    draw_numbers(weights, out * in, 1.0f, 7);
+    fused = weights;
+    const auto numbers = [](auto& x) { return as_view(x); };
+    const const_model_ref base{{"layer0.weight", as_tensor(numbers(std::as_const(weights)), {out, in})}};
+    const model_ref result{{"layer0.weight", as_tensor(numbers(fused), {out, in})}};
+    for (const bool scaled : {false, true}) { // with DoRA's magnitudes, too
+        CAPTURE(scaled);
+        adapted_model changes;
+        update_place place;
+        if (scaled) { place.magnitude.assign(out, 2.0); }
+        changes.add(base, "layer0.weight", adapter.at("layer0"), 0.5, place);
+        check_call("fuse", 3, [&](const cpu& policy) { return fuse(policy, base, changes, result); });
+        aligned_models models(&base, {&base, 1});
+        const auto sources = changes.attach(models, 0);
+        memory_sink sink = detail::sink_over(models, result);
+        testing::counted_memory memory;
+        const cpu policy{.threads = 1, .memory = &memory};
+        sources[0]->prepare(policy);
+        CHECK(memory.in_use() >= 128 * (out + in) * sizeof(T));
+        static_cast<void>(merge(policy, task_arithmetic_options{}, models, sink));
+        sources[0]->release();
+        CHECK(memory.in_use() == 0);
+    }
 }
 
 TEST_CASE_TEMPLATE("Decompositions work in memory of the policy's resource, with the same bits", T, float, double)

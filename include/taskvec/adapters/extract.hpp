@@ -9,10 +9,12 @@
 #include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <map>
+#include <memory_resource>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -70,13 +72,18 @@ template <class T>
 void load_elements(const const_tensor_ref& tensor, std::string_view name, std::size_t first, std::size_t n, T* out)
 {
     if (tensor.source) {
-        const auto take = [&]<class S>(std::vector<S> values) {
-            tensor.source->read(first, n, values.data());
-            for (std::size_t i = 0; i < n; ++i) { out[i] = static_cast<T>(values[i]); }
+        const auto take = [&]<class S>(std::type_identity<S>) {
+            constexpr std::size_t piece = 512;
+            std::array<S, piece> values;
+            for (std::size_t at = 0; at < n; at += piece) {
+                const std::size_t some = std::min(piece, n - at);
+                tensor.source->read(first + at, some, values.data());
+                for (std::size_t i = 0; i < some; ++i) { out[at + i] = static_cast<T>(values[i]); }
+            }
         };
-        if (tensor.source->type() == dtype::f64) { take(std::vector<double>(n)); }
+        if (tensor.source->type() == dtype::f64) { take(std::type_identity<double>{}); }
         else {
-            take(std::vector<float>(n));
+            take(std::type_identity<float>{});
         }
         return;
     }
@@ -97,19 +104,14 @@ void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const con
 {
     if (base.source || tuned.source) {
         constexpr std::size_t piece = std::size_t{1} << 16;
-        for (const auto* one : {&base, &tuned}) {
-            if (one->source) { one->source->prepare(policy); }
-        }
+        const prepared_source prepared_base(base.source, policy), prepared_tuned(tuned.source, policy);
         for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t index, std::size_t) {
             const std::size_t first = index * piece, n = std::min(piece, size - first);
-            std::vector<T> before(n);
+            std::pmr::vector<T> before(n, memory_of(policy));
             load_elements(base, name, first, n, before.data());
             load_elements(tuned, name, first, n, out + first);
             for (std::size_t i = 0; i < n; ++i) { out[first + i] -= before[i]; }
         });
-        for (const auto* one : {&base, &tuned}) {
-            if (one->source) { one->source->release(); }
-        }
         return;
     }
     visit_storage(base.dtype, name, [&]<class B>(std::type_identity<B>) {

@@ -5,6 +5,7 @@
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/core/byte_buffer.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
 #include <array>
@@ -55,8 +56,7 @@ private:
         const aligned_tensor& tensor = models.tensors()[index];
         if (!out.wants(tensor.output)) { return; }
         const auto& from = tensor.tasks[0];
-        const bool worked_out = tensor.size > 0 && from.source;
-        if (worked_out) { from.source->prepare(policy); }
+        const detail::prepared_source prepared(tensor.size > 0 ? from.source : nullptr, policy);
         const chunk_range range = chunks_of(models, index);
         const std::size_t width = bits_per_element(tensor.output_dtype) / 8;
         auto* const direct = static_cast<std::byte*>(out.direct(tensor.output));
@@ -88,7 +88,6 @@ private:
             }
             if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
         });
-        if (worked_out) { from.source->release(); }
     }
     template <arithmetic_element A>
     static void read(

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/callback.hpp>
 #include <taskvec/models/block.hpp>
 
@@ -57,7 +58,7 @@ public:
             return;
         }
         std::uint64_t saturated = 0;
-        std::vector<std::byte> words(static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
+        call_vector<std::byte> words(static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
         visit_storage(tensor->output_dtype, tensor->name, [&]<class T>(std::type_identity<T>) {
             for (std::size_t i = 0; i < size / sizeof(T); ++i) {
                 storage_word<T> word;
@@ -133,7 +134,7 @@ private:
     const aligned_models* models_;
     overflow how_;
     bool bounded_; // write_bounded() need not look
-    std::vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
+    call_vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
     callback<bool(std::size_t, std::uint64_t)> beside_;
     mutable std::mutex counting_;
     std::map<std::pair<std::size_t, std::uint64_t>, std::uint64_t> of_pieces_; // saturated: of output and offset
