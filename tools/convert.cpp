@@ -9,6 +9,7 @@
 #include "runner.hpp"
 #include "words.hpp"
 
+#include <taskvec/core/option_text.hpp>
 #include <taskvec/formats/adapter_convert.hpp>
 #include <taskvec/formats/adapter_names.hpp>
 
@@ -28,11 +29,8 @@ struct convert_settings {
 
 taskvec::adapter_dialect dialect_of(const std::string& word)
 {
-    return word == "kohya"    ? taskvec::adapter_dialect::kohya
-        : word == "diffusers" ? taskvec::adapter_dialect::diffusers
-        : word == "mlx"       ? taskvec::adapter_dialect::mlx
-        : word == "gguf"      ? taskvec::adapter_dialect::gguf
-                              : taskvec::adapter_dialect::peft;
+    const auto& known = taskvec::enum_words<taskvec::adapter_dialect>::words;
+    return std::find_if(known.begin(), known.end(), [&](const auto& one) { return one.word == word; })->value;
 }
 
 /// A module of Stable Diffusion in the result. The base says where its dots are, and which model it is of: its name
@@ -350,7 +348,7 @@ const tool::register_verb convert_verb(
     78, "convert", "Write an adapter in another dialect: PEFT, kohya, diffusers, MLX or GGUF", [](tool::command& verb) {
         const auto given = std::make_shared<convert_settings>();
         verb.positional("ADAPTER", given->in, "The adapter, in any of these dialects");
-        verb.word("--as", given->as, {"peft", "kohya", "diffusers", "mlx", "gguf"}, "DIALECT",
+        verb.word("--as", given->as, taskvec::detail::words_of<taskvec::adapter_dialect>(), "DIALECT",
             "peft, kohya, diffusers, mlx or gguf", false, tool::presence::required);
         verb.text("--out", given->out, "PATH",
             "Where it goes: a directory for peft and mlx, a file for kohya and gguf, either for diffusers",

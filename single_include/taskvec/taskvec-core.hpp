@@ -4016,7 +4016,7 @@ enum class progress_unit : std::uint8_t { bytes, layers };
 
 /// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
 struct progress_event {
-    std::string_view phase; ///< what is done, such as "merging"
+    std::string_view phase; ///< what is done, such as "merging"; a phase that comes again begins at 0
     std::uint64_t done = 0; ///< units done
     std::uint64_t total = 0; ///< units of the whole phase
     progress_unit unit = progress_unit::bytes; ///< what is counted

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/lora.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/formats/gguf.hpp>
 #include <taskvec/formats/peft.hpp>
 
@@ -39,9 +40,19 @@ enum class adapter_dialect : std::uint8_t {
     case adapter_dialect::kohya: return "kohya";
     case adapter_dialect::diffusers: return "diffusers";
     case adapter_dialect::mlx: return "MLX";
-    default: return "GGUF";
+    case adapter_dialect::gguf: break;
     }
+    return "GGUF";
 }
+
+template <>
+struct enum_words<adapter_dialect> {
+    static constexpr std::array words{enum_word<adapter_dialect>{adapter_dialect::peft, "peft"},
+        enum_word<adapter_dialect>{adapter_dialect::kohya, "kohya"},
+        enum_word<adapter_dialect>{adapter_dialect::diffusers, "diffusers"},
+        enum_word<adapter_dialect>{adapter_dialect::mlx, "mlx"},
+        enum_word<adapter_dialect>{adapter_dialect::gguf, "gguf"}};
+};
 
 /// Which of the matrices that a model keeps as one parameter an update is of: experts of a layer, as transformers 5 has
 /// them and PEFT adapts them (target_parameters).

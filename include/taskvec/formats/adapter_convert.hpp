@@ -113,14 +113,15 @@ template <arithmetic_element T>
         const std::string name = "module '" + module + "'";
         const dtype type = options.output.value_or(made.stored);
         if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
-            lose(name, "its dots are underscores, and nothing says where they were; the base's names do (--base)");
+            lose(name,
+                "its dots are underscores, and nothing says where they were; the base's names do (the tool: --base)");
             continue;
         }
         if (!made.slice.parameter.empty()) {
             lose(name,
                 "it is one of the experts that are the parameter '" + made.slice.parameter
                     + "', which only PEFT's target_parameters name; a base with a weight for each expert gives it a "
-                      "name (--base), and fuse folds it");
+                      "name (the tool: --base), and fuse folds it");
             continue;
         }
         if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {

@@ -763,7 +763,7 @@ namespace detail {
     const auto stem = layer_stem(name);
     const bool sibling = !parts.empty() && layer_stem(parts[0]) == stem && !stem.empty();
     if (sibling && std::find(parts.begin(), parts.end(), name) == parts.end()) { parts.insert(parts.begin(), name); }
-    return "exclude the whole layer (--exclude '" + pattern_of(parts) + "')";
+    return "exclude the whole layer (the tool: --exclude '" + pattern_of(parts) + "')";
 }
 } // namespace detail
 
