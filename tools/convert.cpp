@@ -9,15 +9,17 @@
 #include "runner.hpp"
 #include "words.hpp"
 
-#include <taskvec/core/option_text.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/formats/adapter_convert.hpp>
 #include <taskvec/formats/adapter_names.hpp>
 
 #include <algorithm>
 #include <cerrno>
 #include <memory>
+#include <string>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -348,8 +350,12 @@ const tool::register_verb convert_verb(
     78, "convert", "Write an adapter in another dialect: PEFT, kohya, diffusers, MLX or GGUF", [](tool::command& verb) {
         const auto given = std::make_shared<convert_settings>();
         verb.positional("ADAPTER", given->in, "The adapter, in any of these dialects");
-        verb.word("--as", given->as, taskvec::detail::words_of<taskvec::adapter_dialect>(), "DIALECT",
-            "peft, kohya, diffusers, mlx or gguf", false, tool::presence::required);
+        std::vector<std::string> dialects;
+        for (const auto& one : taskvec::enum_words<taskvec::adapter_dialect>::words) {
+            dialects.emplace_back(one.word);
+        }
+        verb.word("--as", given->as, dialects, "DIALECT", "peft, kohya, diffusers, mlx or gguf", false,
+            tool::presence::required);
         verb.text("--out", given->out, "PATH",
             "Where it goes: a directory for peft and mlx, a file for kohya and gguf, either for diffusers",
             tool::presence::required);

@@ -3816,6 +3816,15 @@ inline void stream_fence() noexcept
 
 namespace taskvec::inline TASKVEC_ABI {
 
+template <class T>
+class call_allocator;
+
+/// A list that lives no longer than the call that makes it: what a merge method keeps of its options and its passes.
+///
+///     call_vector<double> factors(passes.tasks(), 1.0); // in memory of the policy's resource
+template <class T>
+using call_vector = std::vector<T, call_allocator<T>>;
+
 namespace detail {
 /// Where lists that begin on this thread take their memory: cpu::memory of the call that the thread works for; null:
 /// operator new. It is null while the caller's code runs (an executor, a progress callback).
@@ -3844,21 +3853,24 @@ private:
 template <class T>
 class call_allocator {
 public:
-    using value_type = T;
-    using propagate_on_container_move_assignment = std::true_type;
-    using propagate_on_container_swap = std::true_type;
+    using value_type = T; ///< of the elements
+    using propagate_on_container_move_assignment = std::true_type; ///< memory goes along
+    using propagate_on_container_swap = std::true_type; ///< memory goes along
 
     call_allocator() noexcept = default;
+    /// Of the same memory.
     template <class U>
     call_allocator(const call_allocator<U>& other) noexcept
         : memory_(other.memory())
     { }
+    /// Room for `count` elements.
     [[nodiscard]] T* allocate(std::size_t count)
     {
         if (!memory_) { return std::allocator<T>().allocate(count); }
         if (count > static_cast<std::size_t>(-1) / sizeof(T)) { return std::allocator<T>().allocate(count); } // throws
         return static_cast<T*>(memory_->allocate(count * sizeof(T), alignof(T)));
     }
+    /// Gives room back.
     void deallocate(T* place, std::size_t count) noexcept
     {
         if (!memory_) { std::allocator<T>().deallocate(place, count); }
@@ -3866,7 +3878,9 @@ public:
             memory_->deallocate(place, count * sizeof(T), alignof(T));
         }
     }
+    /// What a copy of a list takes: that of its own time.
     [[nodiscard]] call_allocator select_on_container_copy_construction() const noexcept { return {}; }
+    /// The resource; null: operator new.
     [[nodiscard]] std::pmr::memory_resource* memory() const noexcept { return memory_; }
     template <class U>
     [[nodiscard]] friend bool operator==(const call_allocator& x, const call_allocator<U>& y) noexcept
@@ -3877,12 +3891,6 @@ public:
 private:
     std::pmr::memory_resource* memory_ = detail::current_call_memory;
 };
-
-/// A list that lives no longer than the call that makes it: what a merge method keeps of its options and its passes.
-///
-///     call_vector<double> factors(passes.tasks(), 1.0); // in memory of the policy's resource
-template <class T>
-using call_vector = std::vector<T, call_allocator<T>>;
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_CALL_MEMORY_HPP
@@ -9644,7 +9652,6 @@ concept no_policy =
 #include <mutex>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -12862,7 +12869,6 @@ void over_task_rows(const A* rows, std::size_t size, Work& work)
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -12974,7 +12980,6 @@ call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep)
 #include <concepts>
 #include <cstddef>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -13967,7 +13972,6 @@ auto kth_magnitude(const P&, const X&, const Rest&...)
 #include <string_view>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -14235,7 +14239,6 @@ template <class Passes, entry_count Count>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -14432,7 +14435,6 @@ private:
 #include <cstddef>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -15609,7 +15611,6 @@ private:
 #include <span>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -15773,7 +15774,6 @@ private:
 #include <cstddef>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -17327,7 +17327,6 @@ std::vector<std::unique_ptr<operand_source>> merge_on_read_by_tensor(const cpu& 
 #include <cstdint>
 #include <span>
 #include <string>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -18361,7 +18360,6 @@ TASKVEC_COMPILED_MERGES(extern, sce_options)
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

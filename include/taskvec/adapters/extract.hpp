@@ -14,7 +14,6 @@
 #include <cstddef>
 #include <cstring>
 #include <map>
-#include <memory_resource>
 #include <string>
 #include <string_view>
 #include <type_traits>

@@ -16,7 +16,6 @@
 #include <mutex>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

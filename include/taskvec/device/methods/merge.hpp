@@ -13,7 +13,6 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

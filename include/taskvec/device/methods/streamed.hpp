@@ -8,7 +8,6 @@
 
 #include <optional>
 #include <span>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

@@ -10,7 +10,6 @@
 #include <concepts>
 #include <cstddef>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
