@@ -5443,8 +5443,9 @@ enum class existing_directory : std::uint8_t {
 /// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
 /// where they belong, each by itself; or, where they belong together (existing_directory::exchange), to a sibling that
 /// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new. That needs Linux, a
-/// file system with links, and a directory of one's own without directories in it; elsewhere the old files go aside and
-/// the new ones take their names, the first in the alphabet (an adapter's configuration) going first and coming last.
+/// file system with links, and a directory of one's own without directories in it, which is not the one that this
+/// process works in; elsewhere the old files go aside and the new ones take their names, the first in the alphabet (an
+/// adapter's configuration) going first and coming last.
 /// One writer at a time has an existing directory (see directory_lock). Throws io_error.
 ///
 ///     output_directory folder("out/merged");
@@ -5592,10 +5593,14 @@ private:
     [[nodiscard]] bool can_be_exchanged(detail::system::status& status) const
     {
         if (!detail::system::can_exchange) { return false; }
-        detail::system::status above;
+        detail::system::status above, here;
         if (target_ == target_.root_path() || !detail::system::look_at(target_, status)
             || !detail::system::look_at(target_.parent_path(), above) || status.device != above.device
             || !detail::system::may_fill(target_.parent_path())) {
+            return false;
+        }
+        // Whoever works in it (the shell that started this process) would be left in a directory that is gone.
+        if (detail::system::look_at(".", here) && here.device == status.device && here.inode == status.inode) {
             return false;
         }
         for (const auto& name : detail::names_in(target_)) {

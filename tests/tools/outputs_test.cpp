@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include <sys/stat.h>
+
 using namespace tools_test;
 
 namespace {
@@ -146,4 +148,52 @@ TEST_CASE("two options never write to one file, and only a model replaces what i
             CHECK(slurp(m.folder / "base.safetensors") == read);
         }
     }
+}
+
+TEST_CASE("an output directory that the tool is run in stays the directory that it is")
+{
+    const output_models m;
+    const auto inode = [&] {
+        struct stat found{};
+        REQUIRE(::stat(m.folder.path().c_str(), &found) == 0);
+        return found.st_ino;
+    };
+    const auto before = inode();
+    const std::string name = m.folder.path().filename().string();
+    std::filesystem::create_symlink(name, m.folder.path().string() + ".link");
+    values_model merged;
+    for (const auto& out :
+        std::vector<std::string>{".", "./", "../" + name, m.folder.path().string(), "../" + name + ".link"}) {
+        CAPTURE(out);
+        const auto result = run(m.folder,
+            {"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "a.safetensors", "--out",
+                out, "--report", "r.json"});
+        CAPTURE(result.err);
+        CHECK(result.code == 0);
+        CHECK(inode() == before);
+        const auto written = read_values(m.folder / "model.safetensors");
+        if (merged.empty()) { merged = written; }
+        CHECK(same(written, merged));
+        std::filesystem::remove(m.folder / "model.safetensors");
+    }
+    std::filesystem::remove(m.folder.path().string() + ".link");
+    REQUIRE(run(m.folder,
+                {"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "a.safetensors",
+                    "--out", ".", "--shard-size", "3kB"})
+                .code
+        == 0);
+    CHECK(std::filesystem::exists(m.folder / "model.safetensors.index.json"));
+    CHECK(inode() == before);
+    CHECK(same(read_values(m.folder / "base.safetensors"), m.base));
+    for (const auto& file : everything_in(m.folder.path())) {
+        CHECK_FALSE(file.ends_with(".tmp"));
+        if (file.starts_with("model")) { std::filesystem::remove(m.folder / file); }
+    }
+    REQUIRE(run(m.folder,
+                {"peru-fft", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "a.safetensors",
+                    "--out", "."})
+                .code
+        == 0);
+    CHECK(std::filesystem::exists(m.folder / "a.delta.safetensors"));
+    CHECK(inode() == before);
 }
