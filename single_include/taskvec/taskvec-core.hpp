@@ -14117,8 +14117,9 @@ public:
               storage_list<T...>{}, models,
               [&density, rule](std::uint64_t n, std::size_t t) {
                   const double share = density.of(t);
+                  const std::uint64_t exact = top_k_count(share, n); // refuses what is no share
                   return rule == trim_rule::exact
-                      ? top_k_count(share, n)
+                      ? exact
                       : std::min(n, static_cast<std::uint64_t>(std::floor(share * static_cast<double>(n))) + 1);
               },
               over, search, rule == trim_rule::reach_next)
@@ -19595,19 +19596,30 @@ namespace taskvec::inline TASKVEC_ABI {
 struct post_pruning_options {
     double density = 0.1;
     taskvec::scope scope = taskvec::scope::model;
+    trim_rule trim = trim_rule::exact;
+
+    /// What the trim of TIES keeps in its paper's own code: one entry more than asked, and all its equals.
+    [[nodiscard]] static post_pruning_options as_in_ties_merging()
+    {
+        post_pruning_options options;
+        options.trim = trim_rule::reach_next;
+        return options;
+    }
 };
 
 template <>
 struct options_of<post_pruning_options> {
     static constexpr option_table table{
         option_row("density", &post_pruning_options::density, "share of entries kept", share_details()),
-        option_row("scope", &post_pruning_options::scope, "what a density counts over", {.unit = "SCOPE"})};
+        option_row("scope", &post_pruning_options::scope, "what a density counts over", {.unit = "SCOPE"}),
+        option_row("trim", &post_pruning_options::trim, "keep exactly k entries, or all that reach the next",
+            {.unit = "RULE"})};
     /// What TIES trims over, in the words of its presets.
     static constexpr std::string_view preset_option = "semantics";
     static constexpr std::array presets{
         option_preset<post_pruning_options>{"paper", "the paper", [] { return post_pruning_options{}; }},
         option_preset<post_pruning_options>{
-            "ties-merging", "the paper's own code", [] { return post_pruning_options{}; }},
+            "ties-merging", "the paper's own code", &post_pruning_options::as_in_ties_merging},
         option_preset<post_pruning_options>{
             "mergekit", "mergekit", [] { return post_pruning_options{.scope = scope::tensor}; }},
         option_preset<post_pruning_options>{
@@ -19637,9 +19649,10 @@ struct chunk_entries {
 } // namespace detail
 
 /// v̂ = top-m% of τ = θ − θ0, for models aligned as base and one task: k = floor(density·n) entries by magnitude (lowest
-/// index first among equals), of which zeros are not stored. Values are f32, and f64 where the base stores f64.
-/// Streams: the entries go to `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half
-/// of PERU-FFT. Bit-exact. Errors: invalid_argument, nonfinite_error, cancelled. Cost: three reads of both models.
+/// index first among equals; with trim_rule::reach_next one more, and all its equals), of which zeros are not stored.
+/// Values are f32, and f64 where the base stores f64. Streams: the entries go to `out` in pieces. Served as θ0 + v̂.
+/// With a merged model as the base it is the second half of PERU-FFT. Bit-exact. Errors: invalid_argument,
+/// nonfinite_error, cancelled. Cost: three reads of both models.
 template <cpu_policy Policy>
 void post_pruning(
     const Policy& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
@@ -19648,7 +19661,7 @@ void post_pruning(
         raise<invalid_argument>(error_code::task_count, "pruning takes one base and one task");
     }
     const detail::call_memory memory(policy.memory);
-    const trim_thresholds thresholds(policy, models, options.density, options.scope);
+    const trim_thresholds thresholds(policy, models, options.density, options.scope, options.trim);
     // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to,
     // are not stored.
     const auto keep = [&]<class V, class A>(

@@ -9,9 +9,17 @@
 #include <doctest/doctest.h>
 
 #include <limits>
+#include <utility>
 
 using namespace taskvec;
 using testing::different;
+
+namespace {
+
+constexpr std::pair<scope, trim_rule> scopes_and_trims[] = {{scope::model, trim_rule::exact},
+    {scope::tensor, trim_rule::exact}, {scope::model, trim_rule::reach_next}, {scope::tensor, trim_rule::reach_next}};
+
+} // namespace
 
 TEST_CASE_TEMPLATE(
     "Post-Pruning keeps what the CPU keeps, and is applied and undone in place", T, double, float, bf16, f16)
@@ -21,9 +29,9 @@ TEST_CASE_TEMPLATE(
     for (const int levels : {0, 2}) {
         const testing::random_models<T> models({3000, 1, 0, 64, 20001}, 1, 3, levels);
         const testing::on_device<T> device(policy, models);
-        for (const scope over : {scope::model, scope::tensor}) {
+        for (const auto& [over, trim] : scopes_and_trims) {
             for (const double density : {0.0001, 0.1, 1.0}) {
-                const post_pruning_options options{.density = density, .scope = over};
+                const post_pruning_options options{.density = density, .scope = over, .trim = trim};
                 const sparse_model expected =
                     post_pruning(cpu{}, options, models.model(models.base), models.task_models()[0]);
                 const device_sparse_model delta = post_pruning(policy, options, device.base(), device.tasks()[0]);
@@ -124,9 +132,9 @@ TEST_CASE_TEMPLATE(
         const auto base = models.model(models.base);
         const auto tasks = models.task_models();
         const aligned_models aligned(&base, tasks);
-        for (const scope over : {scope::model, scope::tensor}) {
+        for (const auto& [over, trim] : scopes_and_trims) {
             for (const double density : {0.0001, 0.1, 1.0}) {
-                const post_pruning_options options{.density = density, .scope = over};
+                const post_pruning_options options{.density = density, .scope = over, .trim = trim};
                 const sparse_model expected = post_pruning(cpu{}, options, base, tasks[0]);
                 const bool in_pieces =
                     density == 0.1 && over == scope::model; // of 4096 elements; otherwise in one for each tensor

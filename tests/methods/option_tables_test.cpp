@@ -131,6 +131,10 @@ TEST_CASE("presets are the structs that they name")
     CHECK(taskvec::set_option(pruning, "semantics", "mergekit"));
     CHECK(pruning.scope == taskvec::scope::tensor);
     CHECK(pruning.density == 0.1);
+    CHECK(pruning.trim == taskvec::trim_rule::exact);
+    CHECK(taskvec::set_option(pruning, "semantics", "ties-merging"));
+    CHECK(pruning.trim == taskvec::trim_rule::reach_next);
+    CHECK(pruning.scope == taskvec::scope::model);
 }
 
 } // namespace

@@ -1,6 +1,7 @@
 // Post-Pruning, PERU-FFT, sparse vectors: what is kept, what it adds up to, and the way back.
 // SPDX-License-Identifier: Apache-2.0
 #include "../reference/random_models.hpp"
+#include "../reference/ties.hpp"
 
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/ties.hpp>
@@ -11,6 +12,7 @@
 #include <doctest/doctest.h>
 
 #include <numeric>
+#include <string>
 
 using namespace taskvec;
 
@@ -51,6 +53,51 @@ TEST_CASE_TEMPLATE("Post-Pruning keeps the largest nonzero entries of the model"
             CHECK(kept_entries(pruned) == order.size());
         }
     }
+}
+
+TEST_CASE_TEMPLATE("Post-Pruning keeps the next entry and all its equals where it is told to", T, float, bf16)
+{
+    using A = arithmetic_type<T>;
+    const std::vector<float> zeros(10), values{1, 9, 5, 8, 5, 7, 5, 1, 5, 1};
+    CHECK(post_pruning(cpu{}, {.density = 0.3}, zeros, values).indices == index_list{1, 3, 5});
+    CHECK(post_pruning(cpu{}, post_pruning_options::as_in_ties_merging(), zeros, values).indices == index_list{1, 3});
+    const auto next = post_pruning(cpu{}, {.density = 0.3, .trim = trim_rule::reach_next}, zeros, values);
+    CHECK(next.indices == index_list{1, 2, 3, 4, 5, 6, 8});
+    CHECK(next.values == std::pmr::vector<float>{9, 5, 8, 5, 7, 5, 5});
+    for (const int levels : {0, 2}) {
+        const testing::random_models<T> models({700, 3, 0, 5000}, 1, 3, levels);
+        for (const auto over : {scope::model, scope::tensor}) {
+            for (const double density : {1e-6, 0.1, 0.5, 1.0}) {
+                const auto pruned =
+                    post_pruning(cpu{.threads = 2}, {.density = density, .scope = over, .trim = trim_rule::reach_next},
+                        models.model(models.base), models.model(models.tasks[0]));
+                std::vector<A> delta(models.base.size());
+                for (std::size_t i = 0; i < delta.size(); ++i) {
+                    delta[i] = widen<A>(models.tasks[0][i]) - widen<A>(models.base[i]);
+                }
+                std::size_t begin = 0;
+                for (std::size_t i = 0; i < models.sizes.size(); ++i) {
+                    const std::size_t first = over == scope::model ? 0 : begin;
+                    const std::size_t last = over == scope::model ? delta.size() : begin + models.sizes[i];
+                    const std::vector<A> part(
+                        delta.begin() + static_cast<long>(first), delta.begin() + static_cast<long>(last));
+                    const auto k = std::min<std::uint64_t>(
+                        part.size(), static_cast<std::uint64_t>(density * static_cast<double>(part.size())) + 1);
+                    const auto kept = reference::top(part, k, true);
+                    std::vector<std::uint64_t> expected;
+                    for (std::size_t e = 0; e < models.sizes[i]; ++e) {
+                        const A value = delta[begin + e];
+                        if (value != 0 && kept[begin + e - first]) { expected.push_back(e); }
+                    }
+                    const auto& sparse = std::get<sparse_vector<A>>(pruned.at("t" + std::to_string(i)));
+                    CHECK(std::vector<std::uint64_t>(sparse.indices.begin(), sparse.indices.end()) == expected);
+                    begin += models.sizes[i];
+                }
+            }
+        }
+    }
+    CHECK_THROWS_AS((void)post_pruning(cpu{}, {.density = 20, .trim = trim_rule::reach_next}, zeros, values),
+        invalid_argument); // no share, whatever the rule
 }
 
 TEST_CASE_TEMPLATE("applied and undone: the very words of before", T, float, double, bf16, f16)

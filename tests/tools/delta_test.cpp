@@ -398,3 +398,39 @@ TEST_CASE("models of one stem are called by their endings, and are not one model
     const auto twice = run(m.folder, {"merge", "--method", "average", "--task", "y", "--task", "y", "--out", "o"});
     CHECK(twice.err.find("'y' is given twice") != std::string::npos);
 }
+
+TEST_CASE("prune --semantics ties-merging keeps one entry more and its equals, as the trim of TIES does")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", {{"x", {taskvec::dtype::f32, {10}, std::vector<float>(10, 0.0f)}}});
+    write_values(folder / "task.safetensors", {{"x", {taskvec::dtype::f32, {10}, {1, 9, 5, 8, 5, 7, 5, 1, 5, 1}}}});
+    const auto kept = [&](const std::vector<std::string>& more) {
+        std::vector<std::string> words{"prune", "--base", "base.safetensors", "--task", "task.safetensors", "--density",
+            "0.3", "--out", "d", "--report", "r.json"};
+        words.insert(words.end(), more.begin(), more.end());
+        const auto result = run(folder, words);
+        REQUIRE(result.code == 0);
+        CHECK(result.err.empty());
+        const auto content = taskvec::read_delta(folder / "d");
+        return std::get<taskvec::sparse_vector<float>>(content.tensors.at("x")).indices;
+    };
+    const taskvec::index_list paper{1, 3, 5}, code{1, 2, 3, 4, 5, 6, 8};
+    CHECK(kept({}) == paper);
+    CHECK(kept({"--semantics", "ties-merging"}) == code);
+    CHECK(nlohmann::json::parse(slurp(folder / "r.json"))["options"]["trim"] == "reach-next");
+    CHECK(kept({"--trim", "reach-next"}) == code);
+    CHECK(kept({"--semantics", "ties-merging", "--trim", "exact"}) == paper); // what is given beside it wins
+    CHECK(kept({"--semantics", "mergekit"}) == paper); // exactly k, of each tensor
+    // So do the deltas of peru-fft; what this merge loses is half of the task vector.
+    const auto residual = [&](const std::vector<std::string>& more) {
+        std::vector<std::string> words{"peru-fft", "--method", "ties", "--merge-density", "1", "--lambda", "0.5",
+            "--base", "base.safetensors", "--task", "task.safetensors", "--density", "0.3", "--out", "p"};
+        words.insert(words.end(), more.begin(), more.end());
+        REQUIRE(run(folder, words).code == 0);
+        const auto content = taskvec::read_delta(folder / "p/task.delta.safetensors");
+        return std::get<taskvec::sparse_vector<float>>(content.tensors.at("x")).indices;
+    };
+    CHECK(residual({}) == paper);
+    CHECK(residual({"--semantics", "ties-merging"}) == code);
+    CHECK(residual({"--trim", "reach-next"}) == code);
+}

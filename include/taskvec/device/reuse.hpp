@@ -97,7 +97,7 @@ void visit_kept(const aligned_tensor& tensor, const Use& use)
 {
     const auto& tensors = models.tensors();
     resident_models resident(policy, models);
-    const trim_thresholds thresholds = thresholds_on_device(resident, options.density, options.scope);
+    const trim_thresholds thresholds = thresholds_on_device(resident, options.density, options.scope, options.trim);
     const device_thresholds on_device(policy, models, thresholds);
     device::buffer<elementwise::counter> counts(policy, tensors.size());
     counts.clear();

@@ -164,8 +164,9 @@ public:
               storage_list<T...>{}, models,
               [&density, rule](std::uint64_t n, std::size_t t) {
                   const double share = density.of(t);
+                  const std::uint64_t exact = top_k_count(share, n); // refuses what is no share
                   return rule == trim_rule::exact
-                      ? top_k_count(share, n)
+                      ? exact
                       : std::min(n, static_cast<std::uint64_t>(std::floor(share * static_cast<double>(n))) + 1);
               },
               over, search, rule == trim_rule::reach_next)

@@ -49,7 +49,8 @@ inline void post_pruning_streamed(const gpu& policy, const post_pruning_options&
         raise<invalid_argument>(error_code::task_count, "pruning takes one base and one task");
     }
     streamed_models streamed(policy, models, how);
-    const trim_thresholds thresholds = detail::thresholds_on_device(streamed, options.density, options.scope);
+    const trim_thresholds thresholds =
+        detail::thresholds_on_device(streamed, options.density, options.scope, options.trim);
     const detail::device_thresholds on_device(policy, models, thresholds);
     const detail::equal_blocks blocks(models, all_tensors(models));
     device::buffer<counter> counts(policy, blocks.count());
