@@ -84,15 +84,13 @@ taskvec::sweep_table read_scores(const score_settings& score, const std::vector<
 
 void write_scores(const score_settings& score, const taskvec::sweep_table& table)
 {
-    if (score.csv.empty()) { return; }
+    if (score.csv.empty() || table.rows().empty()) { return; } // a table begins with its first score
     std::ostringstream text;
     text.exceptions(std::ios::badbit); // memory that runs out is no shorter table
     taskvec::write_csv(text, table);
     taskvec::write_text_file(score.csv, text.str());
-    if (!table.rows().empty()) {
-        interrupt_leaves() = in_quotes(score.csv) + " holds " + counted(table.rows().size(), "score")
-            + ", and the same command line goes on from there";
-    }
+    interrupt_leaves() = in_quotes(score.csv) + " holds " + counted(table.rows().size(), "score")
+        + ", and the same command line goes on from there";
 }
 
 fs::path first_model_of(const merge_request& request, const merge_inputs& inputs)

@@ -34,7 +34,7 @@ void check_score_settings(const score_settings& score);
 
 /// The table at --csv, empty where there is none yet. Throws format_error, and invalid_argument for a table of others.
 [[nodiscard]] taskvec::sweep_table read_scores(const score_settings& score, const std::vector<std::string>& columns);
-/// Writes it there, where --csv was given.
+/// Writes it there, where --csv was given and there is a score.
 void write_scores(const score_settings& score, const taskvec::sweep_table& table);
 /// Where candidates lie while they are scored.
 [[nodiscard]] fs::path scratch_parent(const score_settings& score);

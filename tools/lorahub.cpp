@@ -130,7 +130,7 @@ public:
             return;
         }
         tool::report_file report(request.run.report);
-        tool::write_scores(given_.score, table); // a path that cannot be written is known early
+        tool::write_scores(given_.score, table); // what cannot be written again is known early
         if (!table.rows().empty()) {
             tool::note(request.run,
                 tool::counted(table.rows().size(), "score") + " of '" + given_.score.csv

@@ -403,7 +403,7 @@ void run_sweep(const sweep_settings& given)
     }
     tool::report_file report(given.merge.run.report);
     tool::traffic bytes;
-    tool::write_scores(given.score, table); // a path that cannot be written is known early
+    tool::write_scores(given.score, table); // what cannot be written again is known early
     if (!table.rows().empty()) {
         tool::note(given.merge.run,
             tool::counted(points.candidates.size() - left.size(), "point") + " of "

@@ -333,7 +333,7 @@ TEST_CASE("bad input of lorahub: one line that names what is wrong, and no model
         {"echo 1", {}, {"{}"}, 2},
         {digest, {"--task", "c.safetensors=0.5"}, {"weight 0.5", "c.safetensors", "seeks"}, 2},
         {digest, {"--timeout", "-1"}, {"--timeout"}, 2}, {"echo nan {}", {}, {"nan", "a=0 b=0", "finite"}},
-        {"true {}", {}, {"no number", "a=0 b=0"}},
+        {"true {}", {}, {"no number", "a=0 b=0"}}, {"false {}", {"--csv", "none.csv"}, {"code 1", "a=0 b=0"}},
         {"echo x >> n; test $(wc -l < n) -lt 3 || exit 7; echo 1 {}; rm -f n.", {"--csv", "part.csv"}, {"code 7"}},
         {digest, {"--csv", "other.csv"}, {"other.csv", "lambda"}},
         {digest, {"--csv", "no/folder/s.csv"}, {"no/folder"}},
@@ -501,6 +501,22 @@ TEST_CASE("bad input: one line that names what is wrong")
     CHECK(m.folder.names() == names);
 }
 
+TEST_CASE("a table begins with its first score: a search that fails before has made none")
+{
+    const sweep_models m;
+    const auto names = m.folder.names();
+    for (const std::string score : {"false {}", "echo none {} > /dev/null"}) {
+        CHECK(m.sweep(score, {"--lambdas", "0,1", "--csv", "s.csv", "--jobs", "2"}).code == 1);
+        CHECK(m.folder.names() == names);
+    }
+    // What was there stays as it was.
+    spill(m.folder / "s.csv", "lambda,score\n");
+    CHECK(m.sweep("false {}", {"--lambdas", "0,1", "--csv", "s.csv"}).code == 1);
+    CHECK(slurp(m.folder / "s.csv") == "lambda,score\n");
+    CHECK(m.sweep("test $TASKVEC_LAMBDA = 0 && echo 3 {}", {"--lambdas", "0,1", "--csv", "s.csv"}).code == 1);
+    CHECK(slurp(m.folder / "s.csv") == "lambda,score\n0,3\n");
+}
+
 TEST_CASE("an interrupt stops the command with all that it started, and removes the candidate")
 {
     const sweep_models m;
@@ -518,7 +534,7 @@ TEST_CASE("an interrupt stops the command with all that it started, and removes 
     CHECK(std::filesystem::is_empty(m.folder / "tmp"));
     for (int i = 0; i < 500 && runs(child); ++i) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
     CHECK_FALSE(runs(child));
-    CHECK(m.table() == std::vector<std::string>{"lambda,score"});
+    CHECK_FALSE(std::filesystem::exists(m.folder / "s.csv")); // nothing was scored
 }
 
 TEST_CASE("a sweep that is killed keeps what it had, and the next one goes on from there")
