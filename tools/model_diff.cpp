@@ -39,11 +39,15 @@ bool lost_scales(const taskvec::const_tensor_ref& a, const taskvec::const_tensor
     return (a.source && !b.source && taskvec::is_fp8(b.dtype)) || (b.source && !a.source && taskvec::is_fp8(a.dtype));
 }
 
+/// What a tensor's numbers are stored as.
+std::string storage_of(const taskvec::const_tensor_ref& tensor)
+{
+    return tensor.source ? "codes with scales" : std::string(taskvec::to_string(tensor.dtype));
+}
 /// How a tensor is stored, for one that another cannot be compared with.
 std::string kind_of(const taskvec::const_tensor_ref& tensor)
 {
-    return (tensor.source ? "codes with scales" : std::string(taskvec::to_string(tensor.dtype))) + " "
-        + taskvec::to_string(tensor.shape);
+    return storage_of(tensor) + " " + taskvec::to_string(tensor.shape);
 }
 
 std::string short_number(double value)
@@ -275,7 +279,8 @@ std::map<std::string, comparison> compare_in_range(const runner& run, const task
 nlohmann::ordered_json diff_of(const runner& run, const taskvec::checkpoint& a, const taskvec::checkpoint& b)
 {
     ordered result{{"only_in_first", ordered::array()}, {"only_in_second", ordered::array()},
-        {"not_comparable", ordered::array()}, {"differ", ordered::array()}, {"equal", 0}};
+        {"not_comparable", ordered::array()}, {"differ", ordered::array()}, {"dtypes_differ", ordered::array()},
+        {"equal", 0}};
     std::size_t equal = 0;
     taskvec::const_model_ref first, second;
     std::map<std::string, ordered> rows; // of what differs, by name
@@ -291,12 +296,17 @@ nlohmann::ordered_json diff_of(const runner& run, const taskvec::checkpoint& a, 
         const bool same = in_memory && tensor.dtype == other->dtype && tensor.shape == other->shape
             && (tensor.bytes() == 0 || std::memcmp(tensor.data, other->data, tensor.bytes()) == 0);
         const auto of_first = whole_reader_of(tensor.dtype), of_second = whole_reader_of(other->dtype);
+        const bool both_whole = in_memory && of_first && of_second && tensor.shape == other->shape;
+        if ((both || both_whole) && storage_of(tensor) != storage_of(*other)) {
+            result["dtypes_differ"].push_back(
+                {{"name", name}, {"first", storage_of(tensor)}, {"second", storage_of(*other)}});
+        }
         if (same) { ++equal; }
         else if (both) {
             first.insert(name, tensor);
             second.insert(name, *other);
         }
-        else if (in_memory && of_first && of_second && tensor.shape == other->shape) {
+        else if (both_whole) {
             const auto found = compare_whole(tensor, *other, of_first, of_second);
             if (found.largest[2] == 0) { ++equal; }
             else {
@@ -355,6 +365,16 @@ std::string diff_text(const nlohmann::ordered_json& diff, const taskvec::checkpo
         text += printable(one["name"].get<std::string>()) + ": " + one["first"].get<std::string>() + " and "
             + one["second"].get<std::string>() + "\n";
     }
+    std::map<std::pair<std::string, std::string>, std::vector<std::string>> stored; // names, by the two dtypes
+    for (const auto& one : diff["dtypes_differ"]) {
+        stored[{one["first"].get<std::string>(), one["second"].get<std::string>()}].push_back(
+            printable(one["name"].get<std::string>()));
+    }
+    for (const auto& [dtypes, names] : stored) {
+        text += dtypes.first + " in '" + printable(a.path().string()) + "', " + dtypes.second + " in '"
+            + printable(b.path().string()) + "': " + names.front()
+            + (names.size() > 1 ? " and " + counted(names.size() - 1, "other") : std::string()) + "\n";
+    }
     const auto only = [&](const char* key, const taskvec::checkpoint& model) {
         for (const auto& name : diff[key]) {
             text += "only in '" + printable(model.path().string()) + "': " + printable(name.get<std::string>()) + "\n";
@@ -367,6 +387,8 @@ std::string diff_text(const nlohmann::ordered_json& diff, const taskvec::checkpo
         + std::to_string(diff["only_in_first"].size() + diff["only_in_second"].size()) + " in one model only"
         + (diff["not_comparable"].empty() ? std::string()
                                           : ", " + std::to_string(diff["not_comparable"].size()) + " do not compare")
+        + (diff["dtypes_differ"].empty() ? std::string()
+                                         : "; " + counted(diff["dtypes_differ"].size(), "tensor") + " of two dtypes")
         + "\n";
 }
 

@@ -207,6 +207,33 @@ TEST_CASE("inspect --diff says which tensors differ, and how much")
     CHECK(text.out.find("w       4     4       0.8  0.600000") != std::string::npos);
 }
 
+TEST_CASE("inspect --diff says which tensors have two dtypes, whether their values differ or not")
+{
+    const scratch folder;
+    using taskvec::dtype;
+    write_values(folder / "a.safetensors",
+        {{"equal", {dtype::f32, {2}, {1, 2}}}, {"other", {dtype::f32, {2}, {1, 2}}}, {"same", {dtype::f32, {1}, {3}}},
+            {"shape", {dtype::f32, {1}, {3}}}, {"half", {dtype::f16, {1}, {1}}}});
+    write_values(folder / "b.safetensors",
+        {{"equal", {dtype::bf16, {2}, {1, 2}}}, {"other", {dtype::bf16, {2}, {1, 4}}}, {"same", {dtype::f32, {1}, {3}}},
+            {"shape", {dtype::bf16, {2}, {3, 3}}}, {"half", {dtype::f32, {1}, {1}}}});
+    const auto json = run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors", "--json"});
+    REQUIRE(json.code == 0);
+    const auto diff = nlohmann::json::parse(json.out);
+    CHECK(diff["equal"] == 3); // in their values: "equal", "half" and "same"
+    REQUIRE(diff["differ"].size() == 1);
+    CHECK(diff["differ"][0]["name"] == "other");
+    CHECK(diff["dtypes_differ"] == nlohmann::json::parse(R"([{"name": "equal", "first": "F32", "second": "BF16"},
+            {"name": "half", "first": "F16", "second": "F32"}, {"name": "other", "first": "F32", "second": "BF16"}])"));
+    const auto text = run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors"}).out;
+    CHECK(text.find("F32 in 'a.safetensors', BF16 in 'b.safetensors': equal and 1 other\n") != std::string::npos);
+    CHECK(text.find("F16 in 'a.safetensors', F32 in 'b.safetensors': half\n") != std::string::npos);
+    CHECK(
+        text.ends_with("3 tensors equal, 1 differ, 0 in one model only, 1 do not compare; 3 tensors of two dtypes\n"));
+    const auto none = run(folder, {"inspect", "a.safetensors", "--diff", "a.safetensors"}).out;
+    CHECK(none == "5 tensors equal, 0 differ, 0 in one model only\n");
+}
+
 TEST_CASE("long metadata is abridged in the table, and whole in JSON")
 {
     const scratch folder;
