@@ -442,8 +442,19 @@ void add_copy_options(command& verb, copy_request& copies)
 bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sharded)
 {
     std::error_code ignored;
+    const bool names_file = out.extension() == ".safetensors" || out.extension() == ".st"; // "o.safetensors/" has none
+    if (names_file && sharded) {
+        throw usage_error("--out '" + out.string()
+            + "' names a file, and --shard-size makes a directory: leave it out, or name a directory such as '"
+            + out.stem().string() + "'");
+    }
+    if (names_file && fs::is_directory(out, ignored)) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+            "is a directory, and by its name --out would be a file: choose another name, or end it with '/' for that "
+            "directory",
+            out.string(), EISDIR);
+    }
     if (sharded || !out.has_filename() || fs::is_directory(out, ignored)) { return true; }
-    const bool names_file = out.extension() == ".safetensors" || out.extension() == ".st";
     return holds_files(first_model) && !names_file; // a file of that name is in its way
 }
 

@@ -466,7 +466,7 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and t
         {{"--task", "a.safetensors", "--density", "nan"}, {"--density is nan"}, 2},
         {{"--task", "a.safetensors", "--lambda", "inf"}, {"--lambda is inf"}, 2},
         {{"--task", "a.safetensors", "--report", "no/such/folder/r.json"}, {"no/such/folder"}},
-        {{"--task", "a.safetensors", "--shard-size", "1MB"}, {"out.safetensors", "directory"}},
+        {{"--task", "a.safetensors", "--shard-size", "1MB"}, {"out.safetensors", "directory"}, 2},
         {{"--task", "a.safetensors", "--report", "out.safetensors"}, {"--report", "out.safetensors", "--out"}},
         {{"--task", "a.safetensors", "--report", "c/../a.safetensors"}, {"--report", "a.safetensors", "read"}},
     };

@@ -197,3 +197,38 @@ TEST_CASE("an output directory that the tool is run in stays the directory that 
     CHECK(std::filesystem::exists(m.folder / "a.delta.safetensors"));
     CHECK(inode() == before);
 }
+
+TEST_CASE("a name that ends in .safetensors is a file's")
+{
+    const output_models m;
+    std::filesystem::create_directories(m.folder / "model");
+    std::filesystem::rename(m.folder / "b.safetensors", m.folder / "model/model.safetensors");
+    std::filesystem::create_directory(m.folder / "d.safetensors");
+    const auto before = everything_in(m.folder.path());
+    for (const std::string task : {"a.safetensors", "model"}) {
+        const auto merged = [&](const std::vector<std::string>& more) {
+            std::vector<std::string> words{"merge", "--method", "average", "--task", task};
+            words.insert(words.end(), more.begin(), more.end());
+            return run(m.folder, words);
+        };
+        CAPTURE(task);
+        for (const std::string out : {"o.safetensors", "d.safetensors", "o.st"}) {
+            const auto sharded = merged({"--out", out, "--shard-size", "5GB"});
+            CAPTURE(sharded.err);
+            CHECK(sharded.code == 2);
+            CHECK(is_usage_error(sharded.err));
+            CHECK(sharded.err.find("--out '" + out + "' names a file, and --shard-size makes a directory")
+                != std::string::npos);
+        }
+        const auto there = merged({"--out", "d.safetensors"});
+        CAPTURE(there.err);
+        CHECK(there.code == 1);
+        CHECK(there.err.find("d.safetensors: is a directory") != std::string::npos);
+        CHECK(there.err.find("[file-kind]") != std::string::npos);
+        CHECK(everything_in(m.folder.path()) == before);
+    }
+    // With a '/' behind it, it is the directory that it says.
+    REQUIRE(run(m.folder, {"merge", "--method", "average", "--task", "a.safetensors", "--out", "d.safetensors/"}).code
+        == 0);
+    CHECK(std::filesystem::exists(m.folder / "d.safetensors/model.safetensors"));
+}
