@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <map>
@@ -97,8 +98,11 @@ task_argument parse_task(const std::string& text, const std::string& option)
             task.weight = *weight;
         }
         else if (!before.empty() && fs::exists(before, ignored)) {
-            throw usage_error(option + " '" + text + "': '" + after + "' is no number; expected PATH=WEIGHT such as '"
-                + before + "=0.5'");
+            // A path, and it is not there; perhaps a weight was meant.
+            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
+                taskvec::message("is not there (", option, "), and '", after, "' is no number: name a model, or '",
+                    before, "' with a weight, as in '", before, "=0.5'"),
+                text, ENOENT);
         }
     }
     if (task.path.empty()) {

@@ -440,10 +440,14 @@ TEST_CASE("an existing path wins over PATH=WEIGHT, and a weight that is none say
     REQUIRE(average("lr=3").code == 0);
     CHECK(read_values(folder / "o.safetensors").at("w").values[0] == 75.75f);
     for (const std::string weight : {"half", "0,5", "", "nan"}) {
-        const auto result = average("other.safetensors=" + weight);
-        CHECK(result.code == 2);
+        const auto result = average("other.safetensors=" + weight); // a path then, and nothing is there
+        CHECK(result.code == 1);
+        CHECK(has(result.err, "taskvec: error: other.safetensors=" + weight + ": is not there"));
         CHECK(has(result.err, "'" + weight + "' is no number"));
+        CHECK(has(result.err, "'other.safetensors=0.5' [file-not-found]"));
     }
+    std::filesystem::copy(folder / "other.safetensors", folder / "other.safetensors=half");
+    CHECK(average("other.safetensors=half").code == 0);
 }
 
 TEST_CASE("tasks of one name are told apart by their folders, and one model may come twice")
