@@ -32,7 +32,7 @@ void run_apply(const apply_settings& given)
     tool::claim_report(given.run);
     taskvec::model_options options;
     options.base_label = "'" + given.base + "'";
-    options.labels = {options.base_label};
+    options.labels = {"'" + given.delta + "'"};
     options.on_nonfinite = given.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
     options.on_overflow = tool::overflow_of(given.overflow);
     options.output = tool::output_dtype(given.dtype);

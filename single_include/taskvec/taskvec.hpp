@@ -10069,6 +10069,7 @@ struct companion {
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_MODELS_COMPANION_HPP
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <concepts>
@@ -10078,6 +10079,7 @@ struct companion {
 #include <ranges>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -10236,12 +10238,24 @@ consteval bool check_method()
     return true;
 }
 
+/// "1 of 'a', -1 of 'b'": which weights tasks have, for messages.
+[[nodiscard]] TASKVEC_COLD inline std::string weights_text(
+    std::span<const double> weights, const aligned_models& models)
+{
+    constexpr std::size_t most = 8;
+    std::string text;
+    for (std::size_t t = 0; t < std::min(most, weights.size()); ++t) {
+        text += message(t == 0 ? "" : ", ", weights[t], " of ", models.label(t));
+    }
+    return weights.size() > most ? text + " …" : text;
+}
+
 /// What a sum over tasks is divided by: Σ weights in the arithmetic type, in task order; 1 where it is not
 /// `normalized`.
 class weight_divisor {
 public:
-    /// Errors: invalid_argument where the weights sum to 0.
-    weight_divisor(std::span<const double> weights, bool normalized)
+    /// Weights of the tasks of `models`. Errors: invalid_argument where they sum to 0.
+    weight_divisor(std::span<const double> weights, bool normalized, const aligned_models& models)
     {
         if (!normalized) { return; }
         single_ = 0;
@@ -10252,7 +10266,8 @@ public:
         }
         if (single_ == 0 || wide_ == 0) {
             raise<invalid_argument>(error_code::weights_sum_zero,
-                "the weights sum to 0, and nothing can be divided by that: change one of them, or do not normalize");
+                message("the weights sum to 0 (", weights_text(weights, models),
+                    "), and nothing can be divided by that: change one of them, or do not normalize"));
         }
     }
     template <arithmetic_element A>
@@ -10269,14 +10284,13 @@ private:
     double wide_ = 1;
 };
 
-} // namespace detail
+inline constexpr std::string_view no_negative_weights =
+    "this method has no meaning for negative weights; give 0 or more";
 
-/// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
-/// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
-///
-///     const auto weights = task_weights(options.weights, passes.tasks());
-[[nodiscard]] inline call_vector<double> task_weights(
-    std::span<const double> weights, std::size_t tasks, bool negative_allowed = true)
+/// task_weights() of tasks that label(t) names. `refusal`: why negative weights are refused; empty where they are not.
+template <class Label>
+[[nodiscard]] call_vector<double> labelled_weights(
+    std::span<const double> weights, std::size_t tasks, const Label& label, std::string_view refusal)
 {
     if (weights.empty()) { return call_vector<double>(tasks, 1.0); }
     if (weights.size() != tasks) {
@@ -10285,16 +10299,39 @@ private:
     }
     for (std::size_t t = 0; t < tasks; ++t) {
         if (!std::isfinite(weights[t])) {
-            raise<invalid_argument>(
-                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
+            raise<invalid_argument>(error_code::parameter_not_finite,
+                message("the weight of ", label(t), " is ", weights[t], ": give a finite number"));
         }
-        if (!negative_allowed && weights[t] < 0) {
+        if (!refusal.empty() && weights[t] < 0) {
             raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("the weight of task ", t + 1, " is ", weights[t],
-                    ": this method has no meaning for negative weights"));
+                message("the weight of ", label(t), " is ", weights[t], ": ", refusal));
         }
     }
     return {weights.begin(), weights.end()};
+}
+
+} // namespace detail
+
+/// The weights of the tasks of models, one for each: those given, or 1 for all where none are. A method's constructor
+/// checks its list with this. Errors: invalid_argument, naming the task (another number of them; not finite; negative
+/// where that means nothing).
+///
+///     const auto weights = task_weights(options.weights, passes.models());
+[[nodiscard]] inline call_vector<double> task_weights(
+    std::span<const double> weights, const aligned_models& models, bool negative_allowed = true)
+{
+    return detail::labelled_weights(
+        weights, models.task_count(), [&](std::size_t t) { return models.label(t); },
+        negative_allowed ? std::string_view() : detail::no_negative_weights);
+}
+
+/// The same for a number of tasks, which are "task 1", "task 2", … in messages.
+[[nodiscard]] inline call_vector<double> task_weights(
+    std::span<const double> weights, std::size_t tasks, bool negative_allowed = true)
+{
+    return detail::labelled_weights(
+        weights, tasks, [](std::size_t t) { return message("task ", t + 1); },
+        negative_allowed ? std::string_view() : detail::no_negative_weights);
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -12124,6 +12161,7 @@ concept no_policy =
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -12229,12 +12267,22 @@ private:
         };
         return wrong(tensor.base) || std::any_of(tensor.tasks.begin(), tensor.tasks.end(), wrong);
     }
+    /// "'base' and 'task'": the models, for messages.
+    [[nodiscard]] TASKVEC_COLD std::string models_text() const
+    {
+        const bool base = models_->has_base();
+        const std::size_t others = models_->task_count() - (base ? 0 : 1);
+        return message(base ? models_->options().base_label : models_->label(0),
+            others == 0       ? std::string()
+                : others == 1 ? " and " + models_->label(base ? 0 : 1)
+                              : message(" and the ", others, base ? " tasks" : " other tasks"));
+    }
     template <storage_element T>
     [[noreturn]] TASKVEC_COLD void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
     {
         raise<nonfinite_error>(error_code::result_overflow,
             message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity", " at index ", place,
-                " though every model is finite there: ", to_string(dtype_of<T>), " holds numbers up to ",
+                " though it is finite in ", models_text(), ": ", to_string(dtype_of<T>), " holds numbers up to ",
                 detail::largest_number<T>(), "; choose ", detail::if_narrow<T>("a wider dtype or "),
                 "smaller factors, or let it saturate or propagate (overflow)"));
     }
@@ -12999,8 +13047,8 @@ lora_adapter<T> average_factors_separately(
     double total = 0;
     for (const double factor : factors) { total += factor; }
     if (total == 0) {
-        raise<invalid_argument>(
-            error_code::weights_sum_zero, "the weights sum to 0: an average needs a sum that is not");
+        raise<invalid_argument>(error_code::weights_sum_zero,
+            "the weights sum to 0, and an average is divided by that: change one of them");
     }
     lora_adapter<T> result;
     for (const auto& layer : detail::shared_layers<T>(adapters)) {
@@ -15241,10 +15289,21 @@ namespace detail {
     return signs;
 }
 
-/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
-[[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
+/// The weights of TIES, of tasks that label(t) names. Errors: invalid_argument.
+template <class Label>
+[[nodiscard]] call_vector<double> ties_weights(const ties_options& options, std::size_t tasks, const Label& label)
 {
-    const auto weights = task_weights(options.weights, tasks, options.negative_weights);
+    return labelled_weights(options.weights, tasks, label,
+        options.negative_weights ? std::string_view()
+                                 : "TIES knows negative weights by the semantics of mergekit and PEFT only; give 0 or "
+                                   "more, or accept them (negative_weights)");
+}
+
+/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
+[[nodiscard]] inline election_weights election_weights_of(const ties_options& options, const aligned_models& models)
+{
+    const std::size_t tasks = models.task_count();
+    const auto weights = ties_weights(options, tasks, [&](std::size_t t) { return models.label(t); });
     const call_vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
         options.combine != disjoint_merge::mean ? call_vector<double>(tasks, 0.0)
@@ -15266,7 +15325,7 @@ public:
     /// `keep()` makes the rule, once the options have been checked.
     template <class Passes, class MakeKeep>
     sign_election_method(Passes& passes, const ties_options& options, const MakeKeep& keep)
-        : sign_election_method(passes, options, detail::election_weights_of(options, passes.tasks()), keep)
+        : sign_election_method(passes, options, detail::election_weights_of(options, passes.models()), keep)
     { }
     /// Calls use(body) with the body of a tensor.
     template <arithmetic_element A, class Use>
@@ -15555,7 +15614,7 @@ private:
 
     [[nodiscard]] static call_vector<T> factors(const ties_options& how, std::size_t tasks)
     {
-        const auto weights = task_weights(how.weights, tasks, how.negative_weights);
+        const auto weights = detail::ties_weights(how, tasks, [](std::size_t t) { return message("adapter ", t + 1); });
         const call_vector<double> ones(tasks, 1.0);
         election_weights factors{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
             how.agree_when_weighted ? weights : ones};
@@ -22507,7 +22566,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : method(passes, task_weights(options.weights, passes.tasks()), options.normalize)
+        : method(passes, task_weights(options.weights, passes.models()), options.normalize)
     { }
     /// Of one weight for each task. Errors: invalid_argument where they sum to 0.
     template <class Passes>
@@ -22517,7 +22576,9 @@ public:
         , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
-            raise<invalid_argument>(error_code::weights_sum_zero, "the weights of an average sum to 0");
+            raise<invalid_argument>(error_code::weights_sum_zero,
+                message("the weights of an average sum to 0 (", detail::weights_text(weights_, passes.models()),
+                    "), and nothing can be divided by that: change one of them"));
         }
     }
     template <arithmetic_element A>
@@ -22604,10 +22665,10 @@ public:
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
         : lambda_(options.lambda)
-        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
         , stride_(rescale ? passes.tasks() : 0)
     {
-        auto weights = task_weights(options.weights, passes.tasks());
+        auto weights = task_weights(options.weights, passes.models());
         if (rescale) {
             call_vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
@@ -24576,13 +24637,15 @@ namespace detail {
 }
 
 /// Throws unless the weights mean something. Returns the weights ct.
-[[nodiscard]] inline call_vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
+[[nodiscard]] inline call_vector<double> checked_fisher_weights(
+    const fisher_options& options, const aligned_models& models)
 {
-    auto weights = task_weights(options.weights, tasks, false);
+    auto weights = task_weights(options.weights, models, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
-        raise<invalid_argument>(error_code::weights_sum_zero, "the weights of a Fisher merge are all 0");
+        raise<invalid_argument>(
+            error_code::weights_sum_zero, "the weights of a Fisher merge are all 0: give one of them more");
     }
     return weights;
 }
@@ -24624,7 +24687,7 @@ public:
     template <class Passes>
     method(Passes& passes, const fisher_options& options)
         : options_(&options)
-        , weights_(detail::checked_fisher_weights(options, passes.tasks()))
+        , weights_(detail::checked_fisher_weights(options, passes.models()))
         , plain_(passes, weights_)
         , factors_(plain_)
     {
@@ -24776,7 +24839,7 @@ class method<karcher_options> : public combination_method {
 public:
     template <class Passes>
     method(Passes& passes, const karcher_options& options)
-        : method(passes, options, weights_of(options, passes.tasks()))
+        : method(passes, options, weights_of(options, passes.models()))
     { }
 
 private:
@@ -24786,10 +24849,10 @@ private:
             return detail::karcher_factors(options, dots, weights);
         })
     { }
-    [[nodiscard]] static call_vector<double> weights_of(const karcher_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(const karcher_options& options, const aligned_models& models)
     {
-        auto weights = task_weights(options.weights, tasks, false);
-        const double total = detail::weight_divisor(weights, true).get<double>();
+        auto weights = task_weights(options.weights, models, false);
+        const double total = detail::weight_divisor(weights, true, models).get<double>();
         for (double& weight : weights) { weight /= total; }
         return weights;
     }
@@ -25400,7 +25463,7 @@ class method<multi_slerp_options> : public combination_method {
 public:
     template <class Passes>
     method(Passes& passes, const multi_slerp_options& options)
-        : method(passes, weights_of(options, passes.tasks()))
+        : method(passes, weights_of(options, passes.models()))
     { }
 
 private:
@@ -25411,10 +25474,11 @@ private:
                   return detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name);
               })
     { }
-    [[nodiscard]] static call_vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(
+        const multi_slerp_options& options, const aligned_models& models)
     {
-        auto weights = task_weights(options.weights, tasks);
-        const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
+        auto weights = task_weights(options.weights, models);
+        const double divisor = detail::weight_divisor(weights, options.normalize, models).get<double>();
         for (double& weight : weights) { weight /= divisor; }
         return weights;
     }
@@ -25574,7 +25638,7 @@ class method<nuslerp_options> : public detail::method_by_vectors<combination_met
 public:
     template <class Passes>
     method(Passes& passes, const nuslerp_options& options)
-        : method(passes, detail::nuslerp_rule{place(options, passes.tasks())}, options.angles)
+        : method(passes, detail::nuslerp_rule{place(options, passes.models())}, options.angles)
     { }
     /// Calls use(body) with the body of a tensor.
     template <arithmetic_element A, class Use>
@@ -25591,13 +25655,14 @@ private:
               passes, angles, 2, rule, passes, passes.models().has_base(), rule, angles == angles_between::tensors)
     { }
     /// t, between the two models.
-    [[nodiscard]] static double place(const nuslerp_options& options, std::size_t tasks)
+    [[nodiscard]] static double place(const nuslerp_options& options, const aligned_models& models)
     {
+        const std::size_t tasks = models.task_count();
         if (tasks != 2) {
             raise<invalid_argument>(error_code::task_count,
                 message("NuSLERP goes between two models, and the number of tasks is ", tasks, ": give two"));
         }
-        const auto weights = task_weights(options.weights, 2);
+        const auto weights = task_weights(options.weights, models);
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
@@ -26260,7 +26325,7 @@ class regmean_problem {
 public:
     regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
         : options_(options)
-        , weights_(task_weights(options.weights, models.task_count(), false))
+        , weights_(task_weights(options.weights, models, false))
         , grams_(models, options.grams, options.labels, options.layout, space)
     {
         for (const double weight : weights_) { total_ += weight; }
@@ -26995,8 +27060,8 @@ public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
         : lambda_(options.lambda)
-        , weights_(passes, task_weights(options.weights, passes.tasks()))
-        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+        , weights_(passes, task_weights(options.weights, passes.models()))
+        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
     { }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t) const
@@ -28798,7 +28863,7 @@ public:
     template <class Passes>
     method(Passes& passes, const detail::combination_options& options)
         : from_base_(passes.models().has_base())
-        , weights_(passes, task_weights(options.weights, passes.tasks()))
+        , weights_(passes, task_weights(options.weights, passes.models()))
     { }
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t, Use&& use) const

@@ -174,7 +174,10 @@ TEST_CASE("bad input is named")
     CHECK_THROWS_WITH_AS(merge(policy, average_options{}, device.tasks(), models.output(expected)),
         "tensor 't0' of the output must be contiguous device memory", invalid_argument);
     CHECK_THROWS_WITH_AS(merge(policy, average_options{.weights = {1, -1}}, device.tasks(), device.out()),
-        "the weights of an average sum to 0", invalid_argument);
+        "the weights of an average sum to 0 (1 of task 1, -1 of task 2), and nothing can be divided by that: change "
+        "one "
+        "of them",
+        invalid_argument);
     CHECK_THROWS_AS(merge(policy, slerp_options{}, std::vector(3, device.tasks()[0]), device.out()), invalid_argument);
     CHECK_THROWS_AS(
         merge(policy, model_stock_options{}, device.base(), {&device.tasks()[0], 1}, device.out()), invalid_argument);

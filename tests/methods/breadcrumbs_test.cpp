@@ -241,7 +241,8 @@ TEST_CASE("normalised task arithmetic divides by the weights")
         narrowed<bf16>(reference::added(base, reference::task_vectors(base, tasks), weights, 0.6, true))));
     options.weights = {1, -2, 1};
     CHECK_THROWS_WITH_AS(merged(models, options),
-        "the weights sum to 0, and nothing can be divided by that: change one of them, or do not normalize",
+        "the weights sum to 0 (1 of task 1, -2 of task 2, 1 of task 3), and nothing can be divided by that: change one "
+        "of them, or do not normalize",
         invalid_argument);
     CHECK(task_arithmetic_options::as_in_mergekit().lambda == 1.0);
 }

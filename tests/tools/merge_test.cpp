@@ -456,7 +456,8 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and t
         {{"--task", "inf.safetensors"}, {"'layers.0.weight'", "inf.safetensors", "infinity", "5"}},
         {{"--task", "broken.safetensors"}, {"broken.safetensors", "cut short", " [file-truncated]\n"}},
         {{"--task", "absent.safetensors"}, {"absent.safetensors", "No such file", " [file-not-found]\n"}},
-        {{"--task", "a.safetensors=-1"}, {"weight", "-1"}},
+        {{"--task", "a.safetensors=-1"},
+            {"the weight of 'a.safetensors' is -1", "mergekit", "PEFT", "negative_weights"}},
         {{"--task", "a.safetensors", "--density", "0"}, {"--density is 0; expected a share above 0 and up to 1"}, 2},
         {{"--task", "a.safetensors", "--density", "1.5"}, {"--density is 1.5"}, 2},
         {{"--task", "a.safetensors", "--density", "20"}, {"--density is 20;"}, 2},
@@ -530,4 +531,46 @@ TEST_CASE("progress stays off what is not a terminal")
 {
     const merge_models m;
     CHECK(m.merge("ties", {}).err.empty());
+}
+
+TEST_CASE("what is wrong with weights and results is said of the files, with what to do")
+{
+    const merge_models m;
+    const auto says = [&](const std::vector<std::string>& words, const std::vector<std::string>& parts) {
+        auto all = words;
+        all.insert(all.end(), {"--out", "o.safetensors"});
+        const auto result = run(m.folder, all);
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(is_error_line(result.err));
+        for (const auto& part : parts) { CHECK(result.err.find(part) != std::string::npos); }
+        CHECK_FALSE(std::filesystem::exists(m.folder / "o.safetensors"));
+    };
+    says({"merge", "--method", "average", "--task", "a.safetensors=0.5", "--task", "b.safetensors=-0.5"},
+        {"the weights of an average sum to 0 (0.5 of 'a.safetensors', -0.5 of 'b.safetensors')", "change one of them",
+            "[weights-sum-zero]"});
+    says({"merge", "--method", "task-arithmetic", "--normalize-weights", "--base", "base.safetensors", "--task",
+             "a.safetensors", "--task", "b.safetensors=-1"},
+        {"the weights sum to 0 (1 of 'a.safetensors', -1 of 'b.safetensors')", "do not normalize"});
+    for (const std::string method : {"ties", "dare-ties"}) {
+        says({"merge", "--method", method, "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+                 "b.safetensors=-1"},
+            {"the weight of 'b.safetensors' is -1: ", "semantics of mergekit and PEFT", "(negative_weights)",
+                "[parameter-out-of-range]"});
+    }
+    says({"merge", "--method", "karcher", "--base", "base.safetensors", "--task", "a.safetensors=-2", "--task",
+             "b.safetensors"},
+        {"the weight of 'a.safetensors' is -2: this method has no meaning for negative weights; give 0 or more"});
+    const std::vector<std::string> large{
+        "merge", "--method", "task-arithmetic", "--lambda", "1e39", "--base", "base.safetensors"};
+    auto one = large, two = large;
+    one.insert(one.end(), {"--task", "a.safetensors"});
+    two.insert(two.end(), {"--task", "a.safetensors", "--task", "b.safetensors"});
+    says(one,
+        {"would hold ", " at index ", "though it is finite in 'base.safetensors' and 'a.safetensors': ",
+            "smaller factors, or let it saturate or propagate (overflow) [result-overflow]"});
+    says(two, {"though it is finite in 'base.safetensors' and the 2 tasks: "});
+    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "d"}).code == 0);
+    says({"apply", "--base", "base.safetensors", "--delta", "d", "--scale", "1e39"},
+        {"though it is finite in 'base.safetensors' and 'd': "});
 }

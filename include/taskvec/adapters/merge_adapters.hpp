@@ -177,8 +177,8 @@ lora_adapter<T> average_factors_separately(
     double total = 0;
     for (const double factor : factors) { total += factor; }
     if (total == 0) {
-        raise<invalid_argument>(
-            error_code::weights_sum_zero, "the weights sum to 0: an average needs a sum that is not");
+        raise<invalid_argument>(error_code::weights_sum_zero,
+            "the weights sum to 0, and an average is divided by that: change one of them");
     }
     lora_adapter<T> result;
     for (const auto& layer : detail::shared_layers<T>(adapters)) {

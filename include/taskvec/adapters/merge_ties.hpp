@@ -184,7 +184,7 @@ private:
 
     [[nodiscard]] static call_vector<T> factors(const ties_options& how, std::size_t tasks)
     {
-        const auto weights = task_weights(how.weights, tasks, how.negative_weights);
+        const auto weights = detail::ties_weights(how, tasks, [](std::size_t t) { return message("adapter ", t + 1); });
         const call_vector<double> ones(tasks, 1.0);
         election_weights factors{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
             how.agree_when_weighted ? weights : ones};

@@ -41,7 +41,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : method(passes, task_weights(options.weights, passes.tasks()), options.normalize)
+        : method(passes, task_weights(options.weights, passes.models()), options.normalize)
     { }
     /// Of one weight for each task. Errors: invalid_argument where they sum to 0.
     template <class Passes>
@@ -51,7 +51,9 @@ public:
         , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
-            raise<invalid_argument>(error_code::weights_sum_zero, "the weights of an average sum to 0");
+            raise<invalid_argument>(error_code::weights_sum_zero,
+                message("the weights of an average sum to 0 (", detail::weights_text(weights_, passes.models()),
+                    "), and nothing can be divided by that: change one of them"));
         }
     }
     template <arithmetic_element A>

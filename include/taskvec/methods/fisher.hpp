@@ -111,13 +111,15 @@ namespace detail {
 }
 
 /// Throws unless the weights mean something. Returns the weights ct.
-[[nodiscard]] inline call_vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
+[[nodiscard]] inline call_vector<double> checked_fisher_weights(
+    const fisher_options& options, const aligned_models& models)
 {
-    auto weights = task_weights(options.weights, tasks, false);
+    auto weights = task_weights(options.weights, models, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
-        raise<invalid_argument>(error_code::weights_sum_zero, "the weights of a Fisher merge are all 0");
+        raise<invalid_argument>(
+            error_code::weights_sum_zero, "the weights of a Fisher merge are all 0: give one of them more");
     }
     return weights;
 }
@@ -159,7 +161,7 @@ public:
     template <class Passes>
     method(Passes& passes, const fisher_options& options)
         : options_(&options)
-        , weights_(detail::checked_fisher_weights(options, passes.tasks()))
+        , weights_(detail::checked_fisher_weights(options, passes.models()))
         , plain_(passes, weights_)
         , factors_(plain_)
     {

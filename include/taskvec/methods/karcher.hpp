@@ -103,7 +103,7 @@ class method<karcher_options> : public combination_method {
 public:
     template <class Passes>
     method(Passes& passes, const karcher_options& options)
-        : method(passes, options, weights_of(options, passes.tasks()))
+        : method(passes, options, weights_of(options, passes.models()))
     { }
 
 private:
@@ -113,10 +113,10 @@ private:
             return detail::karcher_factors(options, dots, weights);
         })
     { }
-    [[nodiscard]] static call_vector<double> weights_of(const karcher_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(const karcher_options& options, const aligned_models& models)
     {
-        auto weights = task_weights(options.weights, tasks, false);
-        const double total = detail::weight_divisor(weights, true).get<double>();
+        auto weights = task_weights(options.weights, models, false);
+        const double total = detail::weight_divisor(weights, true, models).get<double>();
         for (double& weight : weights) { weight /= total; }
         return weights;
     }

@@ -50,6 +50,7 @@
 #include <taskvec/models/block.hpp>
 #include <taskvec/models/companion.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <concepts>
@@ -59,6 +60,7 @@
 #include <ranges>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -217,12 +219,24 @@ consteval bool check_method()
     return true;
 }
 
+/// "1 of 'a', -1 of 'b'": which weights tasks have, for messages.
+[[nodiscard]] TASKVEC_COLD inline std::string weights_text(
+    std::span<const double> weights, const aligned_models& models)
+{
+    constexpr std::size_t most = 8;
+    std::string text;
+    for (std::size_t t = 0; t < std::min(most, weights.size()); ++t) {
+        text += message(t == 0 ? "" : ", ", weights[t], " of ", models.label(t));
+    }
+    return weights.size() > most ? text + " …" : text;
+}
+
 /// What a sum over tasks is divided by: Σ weights in the arithmetic type, in task order; 1 where it is not
 /// `normalized`.
 class weight_divisor {
 public:
-    /// Errors: invalid_argument where the weights sum to 0.
-    weight_divisor(std::span<const double> weights, bool normalized)
+    /// Weights of the tasks of `models`. Errors: invalid_argument where they sum to 0.
+    weight_divisor(std::span<const double> weights, bool normalized, const aligned_models& models)
     {
         if (!normalized) { return; }
         single_ = 0;
@@ -233,7 +247,8 @@ public:
         }
         if (single_ == 0 || wide_ == 0) {
             raise<invalid_argument>(error_code::weights_sum_zero,
-                "the weights sum to 0, and nothing can be divided by that: change one of them, or do not normalize");
+                message("the weights sum to 0 (", weights_text(weights, models),
+                    "), and nothing can be divided by that: change one of them, or do not normalize"));
         }
     }
     template <arithmetic_element A>
@@ -250,14 +265,13 @@ private:
     double wide_ = 1;
 };
 
-} // namespace detail
+inline constexpr std::string_view no_negative_weights =
+    "this method has no meaning for negative weights; give 0 or more";
 
-/// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
-/// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
-///
-///     const auto weights = task_weights(options.weights, passes.tasks());
-[[nodiscard]] inline call_vector<double> task_weights(
-    std::span<const double> weights, std::size_t tasks, bool negative_allowed = true)
+/// task_weights() of tasks that label(t) names. `refusal`: why negative weights are refused; empty where they are not.
+template <class Label>
+[[nodiscard]] call_vector<double> labelled_weights(
+    std::span<const double> weights, std::size_t tasks, const Label& label, std::string_view refusal)
 {
     if (weights.empty()) { return call_vector<double>(tasks, 1.0); }
     if (weights.size() != tasks) {
@@ -266,16 +280,39 @@ private:
     }
     for (std::size_t t = 0; t < tasks; ++t) {
         if (!std::isfinite(weights[t])) {
-            raise<invalid_argument>(
-                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
+            raise<invalid_argument>(error_code::parameter_not_finite,
+                message("the weight of ", label(t), " is ", weights[t], ": give a finite number"));
         }
-        if (!negative_allowed && weights[t] < 0) {
+        if (!refusal.empty() && weights[t] < 0) {
             raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("the weight of task ", t + 1, " is ", weights[t],
-                    ": this method has no meaning for negative weights"));
+                message("the weight of ", label(t), " is ", weights[t], ": ", refusal));
         }
     }
     return {weights.begin(), weights.end()};
+}
+
+} // namespace detail
+
+/// The weights of the tasks of models, one for each: those given, or 1 for all where none are. A method's constructor
+/// checks its list with this. Errors: invalid_argument, naming the task (another number of them; not finite; negative
+/// where that means nothing).
+///
+///     const auto weights = task_weights(options.weights, passes.models());
+[[nodiscard]] inline call_vector<double> task_weights(
+    std::span<const double> weights, const aligned_models& models, bool negative_allowed = true)
+{
+    return detail::labelled_weights(
+        weights, models.task_count(), [&](std::size_t t) { return models.label(t); },
+        negative_allowed ? std::string_view() : detail::no_negative_weights);
+}
+
+/// The same for a number of tasks, which are "task 1", "task 2", … in messages.
+[[nodiscard]] inline call_vector<double> task_weights(
+    std::span<const double> weights, std::size_t tasks, bool negative_allowed = true)
+{
+    return detail::labelled_weights(
+        weights, tasks, [](std::size_t t) { return message("task ", t + 1); },
+        negative_allowed ? std::string_view() : detail::no_negative_weights);
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

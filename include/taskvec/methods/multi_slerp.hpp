@@ -72,7 +72,7 @@ class method<multi_slerp_options> : public combination_method {
 public:
     template <class Passes>
     method(Passes& passes, const multi_slerp_options& options)
-        : method(passes, weights_of(options, passes.tasks()))
+        : method(passes, weights_of(options, passes.models()))
     { }
 
 private:
@@ -83,10 +83,11 @@ private:
                   return detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name);
               })
     { }
-    [[nodiscard]] static call_vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
+    [[nodiscard]] static call_vector<double> weights_of(
+        const multi_slerp_options& options, const aligned_models& models)
     {
-        auto weights = task_weights(options.weights, tasks);
-        const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
+        auto weights = task_weights(options.weights, models);
+        const double divisor = detail::weight_divisor(weights, options.normalize, models).get<double>();
         for (double& weight : weights) { weight /= divisor; }
         return weights;
     }

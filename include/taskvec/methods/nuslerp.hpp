@@ -72,7 +72,7 @@ class method<nuslerp_options> : public detail::method_by_vectors<combination_met
 public:
     template <class Passes>
     method(Passes& passes, const nuslerp_options& options)
-        : method(passes, detail::nuslerp_rule{place(options, passes.tasks())}, options.angles)
+        : method(passes, detail::nuslerp_rule{place(options, passes.models())}, options.angles)
     { }
     /// Calls use(body) with the body of a tensor.
     template <arithmetic_element A, class Use>
@@ -89,13 +89,14 @@ private:
               passes, angles, 2, rule, passes, passes.models().has_base(), rule, angles == angles_between::tensors)
     { }
     /// t, between the two models.
-    [[nodiscard]] static double place(const nuslerp_options& options, std::size_t tasks)
+    [[nodiscard]] static double place(const nuslerp_options& options, const aligned_models& models)
     {
+        const std::size_t tasks = models.task_count();
         if (tasks != 2) {
             raise<invalid_argument>(error_code::task_count,
                 message("NuSLERP goes between two models, and the number of tasks is ", tasks, ": give two"));
         }
-        const auto weights = task_weights(options.weights, 2);
+        const auto weights = task_weights(options.weights, models);
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }

@@ -73,7 +73,7 @@ class regmean_problem {
 public:
     regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
         : options_(options)
-        , weights_(task_weights(options.weights, models.task_count(), false))
+        , weights_(task_weights(options.weights, models, false))
         , grams_(models, options.grams, options.labels, options.layout, space)
     {
         for (const double weight : weights_) { total_ += weight; }

@@ -52,8 +52,8 @@ public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
         : lambda_(options.lambda)
-        , weights_(passes, task_weights(options.weights, passes.tasks()))
-        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+        , weights_(passes, task_weights(options.weights, passes.models()))
+        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
     { }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t) const

@@ -163,10 +163,21 @@ namespace detail {
     return signs;
 }
 
-/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
-[[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
+/// The weights of TIES, of tasks that label(t) names. Errors: invalid_argument.
+template <class Label>
+[[nodiscard]] call_vector<double> ties_weights(const ties_options& options, std::size_t tasks, const Label& label)
 {
-    const auto weights = task_weights(options.weights, tasks, options.negative_weights);
+    return labelled_weights(options.weights, tasks, label,
+        options.negative_weights ? std::string_view()
+                                 : "TIES knows negative weights by the semantics of mergekit and PEFT only; give 0 or "
+                                   "more, or accept them (negative_weights)");
+}
+
+/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
+[[nodiscard]] inline election_weights election_weights_of(const ties_options& options, const aligned_models& models)
+{
+    const std::size_t tasks = models.task_count();
+    const auto weights = ties_weights(options, tasks, [&](std::size_t t) { return models.label(t); });
     const call_vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
         options.combine != disjoint_merge::mean ? call_vector<double>(tasks, 0.0)
@@ -188,7 +199,7 @@ public:
     /// `keep()` makes the rule, once the options have been checked.
     template <class Passes, class MakeKeep>
     sign_election_method(Passes& passes, const ties_options& options, const MakeKeep& keep)
-        : sign_election_method(passes, options, detail::election_weights_of(options, passes.tasks()), keep)
+        : sign_election_method(passes, options, detail::election_weights_of(options, passes.models()), keep)
     { }
     /// Calls use(body) with the body of a tensor.
     template <arithmetic_element A, class Use>

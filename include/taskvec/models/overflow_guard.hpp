@@ -14,6 +14,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -119,12 +120,22 @@ private:
         };
         return wrong(tensor.base) || std::any_of(tensor.tasks.begin(), tensor.tasks.end(), wrong);
     }
+    /// "'base' and 'task'": the models, for messages.
+    [[nodiscard]] TASKVEC_COLD std::string models_text() const
+    {
+        const bool base = models_->has_base();
+        const std::size_t others = models_->task_count() - (base ? 0 : 1);
+        return message(base ? models_->options().base_label : models_->label(0),
+            others == 0       ? std::string()
+                : others == 1 ? " and " + models_->label(base ? 0 : 1)
+                              : message(" and the ", others, base ? " tasks" : " other tasks"));
+    }
     template <storage_element T>
     [[noreturn]] TASKVEC_COLD void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
     {
         raise<nonfinite_error>(error_code::result_overflow,
             message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity", " at index ", place,
-                " though every model is finite there: ", to_string(dtype_of<T>), " holds numbers up to ",
+                " though it is finite in ", models_text(), ": ", to_string(dtype_of<T>), " holds numbers up to ",
                 detail::largest_number<T>(), "; choose ", detail::if_narrow<T>("a wider dtype or "),
                 "smaller factors, or let it saturate or propagate (overflow)"));
     }

@@ -268,7 +268,7 @@ public:
     template <class Passes>
     method(Passes& passes, const detail::combination_options& options)
         : from_base_(passes.models().has_base())
-        , weights_(passes, task_weights(options.weights, passes.tasks()))
+        , weights_(passes, task_weights(options.weights, passes.models()))
     { }
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t, Use&& use) const

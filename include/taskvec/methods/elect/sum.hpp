@@ -47,10 +47,10 @@ public:
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
         : lambda_(options.lambda)
-        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
         , stride_(rescale ? passes.tasks() : 0)
     {
-        auto weights = task_weights(options.weights, passes.tasks());
+        auto weights = task_weights(options.weights, passes.models());
         if (rescale) {
             call_vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
