@@ -36,7 +36,7 @@ void check_inputs(const merge_request& request)
     };
     refuse(!request.include.empty(), "--include");
     refuse(!request.exclude.empty(), "--exclude");
-    refuse(request.missing != "error", "--missing");
+    refuse(request.missing == "base", "--missing");
     refuse(std::any_of(request.names.begin(), request.names.end(), [](const auto& one) { return !one.second.empty(); }),
         "--rename and --map");
     refuse(request.match_prefixes, "--match-prefixes");

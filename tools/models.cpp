@@ -118,7 +118,7 @@ void add_tensor_options(command& verb, model_request& request, const std::string
     verb.texts("--exclude", request.exclude, "REGEX", "All but tensors that match");
     add_nonfinite_option(verb, request.nonfinite);
     verb.word("--missing", request.missing, {"error", "base"}, "WHAT",
-        "error or base: a tensor that a task lacks (default: error)");
+        "error or base: a tensor that a task lacks (default: error, but for integers)");
     add_name_options(verb, request.names, request.match_prefixes);
     add_vocabulary_option(verb, request.vocabulary);
     add_index_option(verb, request.index);
@@ -322,6 +322,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
                     ": see 'taskvec inspect' for its tensors"));
         }
     }
+    check_integers(request);
     note_what_is_missing(request);
     note_copies_of_the_base(request);
 }
@@ -540,7 +541,7 @@ void merge_inputs::line_up(const model_request& request)
                 check_readable(task, {}, false);
                 task.set_model(renamed(task.model(), match));
             }
-            else if (!match.names.empty() && (extra > 0 || request.missing == "error" || present == 0)) {
+            else if (!match.names.empty() && (extra > 0 || request.missing != "base" || present == 0)) {
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
                     taskvec::message(label, " and ", label_of(request, reference_path), " call tensors differently: ",
                         match.same, " of ", task.model().size(), " have one name, ", match.names.size(),
@@ -612,6 +613,23 @@ void merge_inputs::check_filters(const model_request& request) const
     const auto what = "tensor of " + name_of_base(request) + (base_ || tasks_.size() > 1 ? " and the tasks" : "");
     check_patterns(request.include, "--include", names, what);
     check_patterns(request.exclude, "--exclude", names, what);
+}
+
+/// Integers that a task lacks are the base's, unless --missing error was given.
+void merge_inputs::check_integers(const model_request& request) const
+{
+    const auto& include = models_->options().include;
+    if (request.missing != "error" || !base_) { return; }
+    for (const auto& tensor : models_->copied()) {
+        if (include && !include(tensor.name)) { continue; }
+        for (std::size_t t = 0; t < task_models_.size(); ++t) {
+            if (task_models_[t].find(tensor.name)) { continue; }
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_missing,
+                taskvec::message("tensor '", tensor.name, "' of ", label_of(request, request.base), " is missing in ",
+                    label_of(request, arguments_[t].path),
+                    ": add it, or leave --missing error out, and integers that a task lacks are the base's"));
+        }
+    }
 }
 
 void merge_inputs::note_what_is_missing(const model_request& request) const

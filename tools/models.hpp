@@ -68,8 +68,8 @@ struct model_request {
     /// Which of them are adapters, and the model that each is on; empty: the base.
     std::map<std::string, std::string> adapters;
     std::string base_adapter; ///< one that is on the base itself
-    std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict",
-                       vocabulary = "error", shard_size;
+    std::string missing; ///< "error", "base", or as it is without the option: an error, but for integers
+    std::string dtype, nonfinite = "error", overflow = "error", index = "strict", vocabulary = "error", shard_size;
     std::shared_ptr<const token_rules> rows_of_tokens; ///< where a configuration says more than `vocabulary`
     std::vector<std::string> include, exclude;
     name_rules names;
@@ -186,6 +186,7 @@ private:
     void check_layers(const model_request& request) const;
     void check_scales(const model_request& request) const;
     void line_up_vocabulary(const model_request& request);
+    void check_integers(const model_request& request) const;
     void note_what_is_missing(const model_request& request) const;
     void note_copies_of_the_base(const model_request& request) const;
     [[nodiscard]] std::string name_of_base(const model_request& request) const;

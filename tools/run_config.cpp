@@ -33,7 +33,7 @@ const register_verb run_verb(25, "run", "Merge as a mergekit configuration says"
     verb.texts("--exclude", given->request.exclude, "REGEX",
         "Tensors that match are not merged: they are copied from the base, where it has them");
     verb.word("--missing", given->request.missing, {"error", "base"}, "WHAT",
-        "error or base: a tensor that a model lacks and the base has (default: error)");
+        "error or base: a tensor that a model lacks and the base has (default: error, but for integers)");
     add_vocabulary_option(verb, given->request.vocabulary);
     given->request.match_prefixes = true; // mergekit knows the names of its architectures with and without them
     add_nonfinite_option(verb, given->request.nonfinite);

@@ -148,6 +148,40 @@ TEST_CASE("a task that lacks everything is an error, one that lacks something a 
     CHECK(nlohmann::json::parse(slurp(folder / "r.json"))["tasks"][0]["kept"] == 8);
 }
 
+TEST_CASE("an integer tensor that a task lacks is the base's, unless --missing error is given")
+{
+    const scratch folder;
+    const auto write = [&](const char* name, bool whole) {
+        std::vector<taskvec::tensor_spec> specs{{"w", taskvec::dtype::f32, {1}}};
+        if (whole) { specs.insert(specs.begin(), {"ids", taskvec::dtype::i64, {1}}); }
+        taskvec::safetensors_writer writer(folder / name, specs, taskvec::metadata_map(), taskvec::durability::process);
+        const std::int64_t ids = 5;
+        const float w = whole ? 1 : 2;
+        if (whole) { writer.write(0, 0, &ids, sizeof ids); }
+        writer.write(specs.size() - 1, 0, &w, sizeof w);
+        writer.commit();
+    };
+    write("base.safetensors", true);
+    write("task.safetensors", false);
+    const std::vector<words> verbs{{"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task",
+                                       "task.safetensors", "--out", "o.safetensors"},
+        {"prune", "--base", "base.safetensors", "--task", "task.safetensors", "--out", "d.safetensors"},
+        {"similarity", "--base", "base.safetensors", "--task", "task.safetensors"}};
+    for (const auto& verb : verbs) {
+        CAPTURE(verb[0]);
+        auto strict = verb;
+        strict.insert(strict.end(), {"--missing", "error"});
+        CHECK(refused(run(folder, strict),
+            {"tensor 'ids' of 'base.safetensors' is missing in 'task.safetensors'", "leave --missing error out",
+                "[tensor-missing]"}));
+        strict.insert(strict.end(), {"--exclude", "ids"});
+        CHECK(run(folder, strict).code == 0);
+        const auto as_it_is = run(folder, verb);
+        CHECK(as_it_is.code == 0);
+        CHECK(has(as_it_is.err, "'task.safetensors' lacks 1 tensor ('ids'): the base's stand for it"));
+    }
+}
+
 TEST_CASE("a task with the base's bytes is noted in every verb, whatever its path")
 {
     const scratch folder;
