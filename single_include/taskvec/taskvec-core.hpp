@@ -4844,6 +4844,7 @@ private:
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -5005,6 +5006,22 @@ public:
         }
         for (const auto& [name, tensor] : reference) { add(name, tensor, tasks, equal); }
         cut();
+    }
+
+    /// What is no base and tasks: a sentence says so.
+    template <class Base, class Tasks, class... Rest>
+        requires(!std::derived_from<Base, aligned_models>
+            && (!std::convertible_to<const Base&, const const_model_ref*>
+                || !std::convertible_to<const Tasks&, std::span<const const_model_ref>>))
+    aligned_models(const Base&, const Tasks&, const Rest&...)
+    {
+        constexpr bool address = std::convertible_to<const Base&, const const_model_ref*>;
+        static_assert(address,
+            "aligned_models: the base is the address of a taskvec::const_model_ref, or nullptr where there is none: "
+            "aligned_models(&base, tasks)");
+        static_assert(!address || std::convertible_to<const Tasks&, std::span<const const_model_ref>>,
+            "aligned_models: the tasks are no list of models: pass a std::vector<taskvec::const_model_ref>, or {&task, "
+            "1} for one");
     }
 
     /// The same models, handed to threads in other chunks.
@@ -9384,8 +9401,19 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
 #define TASKVEC_SINGLE_CORE_WRONG_CALL_HPP
 // What functions say of calls that are none of theirs: one sentence, that names what is wrong and the mend.
 // SPDX-License-Identifier: Apache-2.0
+//
+// A public function gets its sentences by a line after its overloads, which names the form of a right call:
+//
+//     TASKVEC_WRONG_CALLS(cpu, difference, any_arguments, "difference(policy, tuned, base, output)")
+//
+// That declares overloads for calls which none of those above takes, and which are never as good a match as one of
+// them, nor as a function of a caller's own that has the same name: whether a call is right is asked of the overloads
+// that stand before the line, and what is no policy is taken by a conversion.
 
 
+#include <array>
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <iterator>
 #include <ranges>
@@ -9412,15 +9440,19 @@ consteval view_flaw flaw_of()
     }
 }
 
-/// The first flaw of an argument, or of the entries of a list; what is no data at all (options, numbers) has none.
+/// The first flaw of an argument, or of the entries of a list; what is no data at all (options, numbers, text) has
+/// none.
 template <class X, memory_space Space>
 consteval view_flaw argument_flaw()
 {
     using bare = std::remove_cvref_t<X>;
     constexpr view_flaw flaw = flaw_of<bare, Space>();
-    if constexpr (flaw == view_flaw::elements && std::ranges::input_range<const bare>) {
+    if constexpr (flaw == view_flaw::pointer) {
+        return storable<std::remove_cv_t<std::remove_pointer_t<bare>>> ? flaw : view_flaw::none;
+    }
+    else if constexpr (flaw == view_flaw::elements && std::ranges::input_range<const bare>) {
         using entry = std::remove_cvref_t<std::ranges::range_reference_t<const bare>>;
-        if constexpr (std::is_arithmetic_v<entry>) { return flaw; }
+        if constexpr (std::is_arithmetic_v<entry>) { return std::same_as<entry, char> ? view_flaw::none : flaw; }
         else {
             constexpr view_flaw of_entry = flaw_of<entry, Space>();
             return of_entry == view_flaw::no_view ? view_flaw::none : of_entry;
@@ -9431,27 +9463,268 @@ consteval view_flaw argument_flaw()
     }
 }
 
-/// Whether some argument lacks what makes it a view in the memory space of a policy: what catch-alls beside a function
-/// match.
-template <class P, class... Arguments>
-concept flawed_call = policy<P> && ((argument_flaw<Arguments, P::space>() != view_flaw::none) || ...);
+/// Not a policy, nor what becomes one.
+template <class X>
+concept no_policy =
+    !policy<X> && !std::convertible_to<const X&, const cpu&> && !std::convertible_to<const X&, const gpu&>;
 
-/// Refuses such a call.
-template <policy P, class... Arguments>
-consteval void refuse_call()
+/// What is wrong with a call.
+enum class call_flaw : std::uint8_t {
+    policy,
+    pointer,
+    address,
+    elements,
+    space,
+    constant,
+    one_for_list,
+    list_for_one,
+    order,
+    form
+};
+consteval bool differ(call_flaw found, call_flaw other)
 {
-    static_assert(((argument_flaw<Arguments, P::space>() != view_flaw::pointer) && ...),
-        "taskvec: an argument is a pointer, which does not say how long it is: pass "
-        "taskvec::host_view<const float>(pointer, size)");
-    static_assert(((argument_flaw<Arguments, P::space>() != view_flaw::elements) && ...),
-        "taskvec: the elements of an argument are of no storage type: expected double, float, taskvec::bf16 or "
-        "taskvec::f16");
-    static_assert(((argument_flaw<Arguments, P::space>() != view_flaw::space) && ...),
-        "taskvec: an argument lies in another memory space than the policy works in: host memory with taskvec::cpu, "
-        "device memory with taskvec::gpu");
+    return found != other;
 }
 
+/// A vector or a model, which some functions take lists of.
+template <class X>
+concept list_entry = viewable<const X> || std::convertible_to<const X&, const_model_ref>;
+
+/// A list of one X.
+template <class X>
+struct list_of_one {
+    using type = void;
+};
+template <list_entry X>
+struct list_of_one<X> {
+    using type = std::array<std::conditional_t<viewable<const X>, X, const_model_ref>, 1>;
+};
+/// What a list X is of.
+template <class X>
+struct one_of_list {
+    using type = void;
+};
+template <class X>
+    requires(
+        std::ranges::input_range<const X> && list_entry<std::remove_cvref_t<std::ranges::range_reference_t<const X>>>)
+struct one_of_list<X> {
+    using type = std::remove_cvref_t<std::ranges::range_reference_t<const X>>;
+};
+
+/// Whether a call is right where one of its arguments is what Other makes of it. `Before` are those already tried.
+template <class Calls, template <class> class Other, class... Before>
+struct one_changed {
+    template <class One, class... After>
+    static consteval bool right()
+    {
+        if constexpr (std::is_void_v<typename Other<One>::type>) { }
+        else if constexpr (Calls::template take<Before&..., typename Other<One>::type&, After&...>) {
+            return true;
+        }
+        if constexpr (sizeof...(After) == 0) { return false; }
+        else {
+            return one_changed<Calls, Other, Before..., One>::template right<After...>();
+        }
+    }
+};
+
+/// Whether a call is right where two neighbours change places.
+template <class Calls, class... Before>
+struct neighbours_changed {
+    template <class One>
+    static consteval bool right()
+    {
+        return false;
+    }
+    template <class One, class Next, class... After>
+    static consteval bool right()
+    {
+        if constexpr (Calls::template take<Before&..., Next&, One&, After&...>) { return true; }
+        else {
+            return neighbours_changed<Calls, Before..., One>::template right<Next, After...>();
+        }
+    }
+};
+
+/// Whether a call is right where its first `Turns` arguments become its last ones, or fewer of them.
+template <class Calls, class P, std::size_t Turns, class First, class... Rest>
+consteval bool right_turned()
+{
+    if constexpr (Turns == 0) { return false; }
+    else if constexpr (Calls::template take<const P&, Rest&..., First&>) {
+        return true;
+    }
+    else {
+        return right_turned<Calls, P, Turns - 1, Rest..., First>();
+    }
+}
+
+/// Whether a call is right but for the constness, or the short life, of an argument.
+template <class Calls, class P, class... Arguments>
+inline constexpr bool only_constant = false;
+template <class Calls, class P, class... Arguments>
+    requires(Calls::template take<const P&, std::remove_cvref_t<Arguments>&...>)
+inline constexpr bool only_constant<Calls, P, Arguments...> = !Calls::template take<const P&, Arguments...>;
+
+/// What is wrong with a call of arguments of those types, without references; `Calls` says which are right.
+template <class Calls, policy P, class... Arguments>
+consteval call_flaw flaw_of_call()
+{
+    constexpr auto has = [](view_flaw flaw) { return ((argument_flaw<Arguments, P::space>() == flaw) || ...); };
+    if constexpr (has(view_flaw::pointer)) { return call_flaw::pointer; }
+    else if constexpr (((std::is_pointer_v<Arguments> && std::is_class_v<std::remove_pointer_t<Arguments>>) || ...)) {
+        return call_flaw::address;
+    }
+    else if constexpr (has(view_flaw::elements)) {
+        return call_flaw::elements;
+    }
+    else if constexpr (has(view_flaw::space)) {
+        return call_flaw::space;
+    }
+    else if constexpr (sizeof...(Arguments) == 0) {
+        return call_flaw::form;
+    }
+    else if constexpr (Calls::template take<const P&, Arguments&...>) {
+        return call_flaw::constant;
+    }
+    else if constexpr (one_changed<Calls, list_of_one, const P>::template right<Arguments...>()) {
+        return call_flaw::one_for_list;
+    }
+    else if constexpr (one_changed<Calls, one_of_list, const P>::template right<Arguments...>()) {
+        return call_flaw::list_for_one;
+    }
+    else if constexpr (neighbours_changed<Calls, const P>::template right<Arguments...>()
+        || right_turned<Calls, P, sizeof...(Arguments) - 1, Arguments...>()) {
+        return call_flaw::order;
+    }
+    else {
+        return call_flaw::form;
+    }
+}
+
+/// What a call that was refused returns, so that the sentence stays the only error: it becomes anything.
+struct no_result {
+    template <class T>
+    operator T() const; // never called: such a program does not compile
+};
+
+/// The first argument of a call of `Calls` that has no policy, and any other argument.
+template <class Calls>
+struct misplaced_argument {
+    template <class X>
+        requires(Calls::template lacks_policy<X>)
+    misplaced_argument(const X&)
+    { }
+};
+struct any_argument {
+    any_argument() = default;
+    template <class X>
+    any_argument(const X&)
+    { }
+};
+
+/// Whether a list of arguments begins with a vector, a list of them, a model, or what is nearly a vector.
+template <class First = int, class...>
+consteval bool first_is_flat()
+{
+    if constexpr (std::is_arithmetic_v<First>) { return true; }
+    else {
+        return list_entry<First> || !std::is_void_v<typename one_of_list<First>::type>
+            || argument_flaw<First, memory_space::host>() != view_flaw::none;
+    }
+}
+
+/// Calls of which a line TASKVEC_WRONG_CALLS speaks: all.
+template <class... Arguments>
+concept any_arguments = true;
+/// Those whose first argument after the policy is a flat view, a list of them, a model, a number, or nearly a view; and
+/// the others, such as those of sparse entries.
+template <class... Arguments>
+concept flat_arguments = first_is_flat<Arguments...>();
+template <class... Arguments>
+concept sparse_arguments = !first_is_flat<Arguments...>();
+
 } // namespace taskvec::inline TASKVEC_ABI::detail
+
+// The sentences of the calls of a function on one policy that `concerns<arguments after the policy…>`; with
+// taskvec::cpu also those of calls without a policy. A line stands after the overloads that it speaks of.
+// NOLINTBEGIN(bugprone-macro-parentheses)
+#define TASKVEC_WRONG_CALLS(policy_type, function, concerns, right_call)                                               \
+    namespace detail {                                                                                                 \
+    struct policy_type##_##function##_of_##concerns {                                                                  \
+        template <class P, class... Arguments>                                                                         \
+        static constexpr bool take = requires(P&& policy, Arguments&&... x) {                                          \
+            requires concerns<std::remove_cvref_t<Arguments>...>;                                                      \
+            ::taskvec::function(static_cast<P&&>(policy), static_cast<Arguments&&>(x)...);                             \
+        };                                                                                                             \
+        template <class First>                                                                                         \
+        static constexpr bool lacks_policy = std::same_as<policy_type, cpu> && no_policy<First> && concerns<First>;    \
+        template <call_flaw Flaw, class>                                                                               \
+        static auto explain()                                                                                          \
+        {                                                                                                              \
+            static_assert(differ(Flaw, call_flaw::policy),                                                             \
+                #function "(): the first argument is no policy: pass taskvec::cpu{}, or taskvec::cpu{.threads = 4} "   \
+                          "where threads are counted, in " right_call);                                                \
+            static_assert(differ(Flaw, call_flaw::pointer),                                                            \
+                #function "(): an argument is a pointer, which does not say how long it is: pass "                     \
+                          "taskvec::host_view<const float>(pointer, size), or a device_view on taskvec::gpu");         \
+            static_assert(differ(Flaw, call_flaw::address),                                                            \
+                #function "(): an argument is the address of an object: pass the object, in " right_call);             \
+            static_assert(differ(Flaw, call_flaw::elements),                                                           \
+                #function "(): the elements of an argument are of no storage type: expected double, float, "           \
+                          "taskvec::bf16 or taskvec::f16");                                                            \
+            static_assert(differ(Flaw, call_flaw::space),                                                              \
+                #function "(): an argument lies in another memory space than the policy works in: host memory with "   \
+                          "taskvec::cpu, device memory with taskvec::gpu");                                            \
+            static_assert(differ(Flaw, call_flaw::constant),                                                           \
+                #function "(): an output is const, or a temporary that the result would be lost with: pass memory "    \
+                          "that can be written, by its name, in " right_call);                                         \
+            static_assert(differ(Flaw, call_flaw::one_for_list),                                                       \
+                #function "(): one vector or model stands where a list of them is expected, such as std::array "       \
+                          "list{taskvec::as_view(x)}, in " right_call);                                                \
+            static_assert(differ(Flaw, call_flaw::list_for_one),                                                       \
+                #function "(): a list stands where one vector or model is expected, in " right_call);                  \
+            static_assert(differ(Flaw, call_flaw::order),                                                              \
+                #function "(): the arguments are in another order than those of " right_call);                         \
+            static_assert(differ(Flaw, call_flaw::form), #function "(): the arguments are not those of " right_call);  \
+            return no_result{};                                                                                        \
+        }                                                                                                              \
+    };                                                                                                                 \
+    }                                                                                                                  \
+    template <std::same_as<policy_type> P, class... Arguments>                                                         \
+        requires detail::concerns<Arguments...>                                                                        \
+        && (!detail::policy_type##_##function##_of_##concerns::template take<const P&, Arguments&...>)                 \
+    auto function(const P&, const Arguments&...)                                                                       \
+    {                                                                                                                  \
+        using calls = detail::policy_type##_##function##_of_##concerns;                                                \
+        return calls::template explain<detail::flaw_of_call<calls, P, Arguments...>(), P>();                           \
+    }                                                                                                                  \
+    template <std::same_as<policy_type> P, class... Arguments>                                                         \
+        requires detail::concerns<std::remove_cvref_t<Arguments>...>                                                   \
+        && (detail::only_constant<detail::policy_type##_##function##_of_##concerns, P, Arguments...>)                  \
+    auto function(const P&, Arguments&&...)                                                                            \
+    {                                                                                                                  \
+        using calls = detail::policy_type##_##function##_of_##concerns;                                                \
+        return calls::template explain<detail::call_flaw::constant, P>();                                              \
+    }                                                                                                                  \
+    template <class Calls = detail::policy_type##_##function##_of_##concerns>                                          \
+    auto function(const detail::misplaced_argument<detail::policy_type##_##function##_of_##concerns>&,                 \
+        detail::any_argument = {}, detail::any_argument = {}, detail::any_argument = {}, detail::any_argument = {},    \
+        detail::any_argument = {}, detail::any_argument = {})                                                          \
+    {                                                                                                                  \
+        return Calls::template explain<detail::call_flaw::policy, Calls>();                                            \
+    }
+
+// The sentence of a function that lives in a header of its own on taskvec::gpu, where that is not included.
+#define TASKVEC_CALLS_NEED_HEADER(function, room, header)                                                              \
+    template <detail::gpu_without_header<detail::gpu_room::room> P, class... Arguments>                                \
+    auto function(const P&, Arguments&&...)                                                                            \
+    {                                                                                                                  \
+        static_assert(detail::gpu_header_included<P, detail::gpu_room::room>,                                          \
+            #function "() on taskvec::gpu: include <" header ">");                                                     \
+        return detail::no_result{};                                                                                    \
+    }
+// NOLINTEND(bugprone-macro-parentheses)
 #endif // TASKVEC_SINGLE_CORE_WRONG_CALL_HPP
 
 #include <concepts>
@@ -9663,11 +9936,6 @@ consteval bool merges_in_braces()
         "taskvec::as_view(b)}, or name a list of them");
     return !owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>);
 }
-
-/// Not a policy, nor what becomes one.
-template <class X>
-concept no_policy =
-    !policy<X> && !std::convertible_to<const X&, const cpu&> && !std::convertible_to<const X&, const gpu&>;
 
 } // namespace taskvec::inline TASKVEC_ABI::detail
 #endif // TASKVEC_SINGLE_METHODS_WRONG_CALL_HPP
@@ -10721,6 +10989,7 @@ struct summary {
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <ranges>
 #include <span>
@@ -11145,91 +11414,31 @@ inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models
     return detail::cosines_of(dots, models.task_count());
 }
 
-// On taskvec::gpu these live in <taskvec/device/arithmetic.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto difference(const P&, Arguments&&...)
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, difference, any_arguments, "difference(policy, tuned, base, output), flat views of one length")
+TASKVEC_WRONG_CALLS(cpu, apply, flat_arguments,
+    "apply(policy, base, vector, lambda, output), or apply(policy, delta, live) of sparse entries")
+TASKVEC_WRONG_CALLS(cpu, negate, any_arguments, "negate(policy, x, output), flat views of one length")
+TASKVEC_WRONG_CALLS(
+    cpu, combine, any_arguments, "combine(policy, vectors, weights, output), where weights are a std::vector<double>")
+TASKVEC_WRONG_CALLS(cpu, dot, any_arguments, "dot(policy, x, y), flat views of one length")
+TASKVEC_WRONG_CALLS(cpu, norm, any_arguments, "norm(policy, x) of a flat view")
+TASKVEC_WRONG_CALLS(cpu, cosine, any_arguments, "cosine(policy, x, y), flat views of one length")
+template <cpu_policy P, class Vectors, class... Arguments>
+auto combine(const P&, const Vectors&, std::initializer_list<double>, const Arguments&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "difference() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(!policy<P>, "combine(): the weights stand in braces: name them, or pass std::vector{0.5, -0.5}");
+    return detail::no_result{};
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto difference(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto apply(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "apply() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto apply(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto negate(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "negate() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto negate(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto combine(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class X, class... Rest>
-    requires detail::flawed_call<P, X>
-auto combine(const P&, const X&, const Rest&...)
-{
-    detail::refuse_call<P, X>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto dot(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "dot() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto dot(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto norm(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "norm() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto norm(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto cosine(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "cosine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto cosine(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
+
+// On taskvec::gpu these live in a header of their own.
+TASKVEC_CALLS_NEED_HEADER(difference, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(apply, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(negate, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(combine, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(dot, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(norm, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(cosine, arithmetic, "taskvec/device/arithmetic.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ARITHMETIC_TASK_VECTOR_HPP
@@ -13982,31 +14191,14 @@ template <input_of<cpu> X>
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 
-// On taskvec::gpu these live in <taskvec/device/select.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
-auto top_k(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
-        "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
-}
-template <class P, class X, class... Rest>
-    requires detail::flawed_call<P, X>
-auto top_k(const P&, const X&, const Rest&...)
-{
-    detail::refuse_call<P, X>();
-}
-template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
-auto kth_magnitude(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
-        "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
-}
-template <class P, class X, class... Rest>
-    requires detail::flawed_call<P, X>
-auto kth_magnitude(const P&, const X&, const Rest&...)
-{
-    detail::refuse_call<P, X>();
-}
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, top_k, any_arguments, "top_k(policy, x, k) of a flat view, where k counts entries")
+TASKVEC_WRONG_CALLS(
+    cpu, kth_magnitude, any_arguments, "kth_magnitude(policy, x, k) of a flat view, where k counts entries")
+
+// On taskvec::gpu these live in a header of their own.
+TASKVEC_CALLS_NEED_HEADER(top_k, select, "taskvec/device/select.hpp")
+TASKVEC_CALLS_NEED_HEADER(kth_magnitude, select, "taskvec/device/select.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_SELECT_TOP_K_HPP
@@ -19537,6 +19729,16 @@ void undo(const Policy& policy, const sparse_model& delta, const saved_words& sa
     undo(policy, views(delta), saved.bytes(), live);
 }
 
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, apply, sparse_arguments,
+    "apply(policy, delta, live), or (policy, delta, live, saved): a sparse vector and a flat view, or a sparse_model "
+    "and a "
+    "taskvec::model_ref; or apply(policy, base, vector, lambda, output)")
+TASKVEC_WRONG_CALLS(cpu, undo, any_arguments,
+    "undo(policy, delta, saved, live): a sparse vector and flat views, or a sparse_model, the words that apply() saved "
+    "and "
+    "a taskvec::model_ref")
+
 /// Receives the kept entries of a model: first how many there are of each included tensor, then the entries, in pieces
 /// that come in any order and from several threads at once.
 class sparse_sink {
@@ -19804,19 +20006,20 @@ template <input_of<cpu> Base, input_of<cpu> Task>
     return std::get<sparse_vector<A>>(std::move(model.begin()->second));
 }
 
-// On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
-auto post_pruning(const P&, Arguments&&...)
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, post_pruning, any_arguments,
+    "post_pruning(policy, options, base, task), of flat views or models; or (policy, options, aligned models, sink)")
+// Options in braces have no type of their own.
+template <cpu_policy P, class... Arguments>
+    requires(!detail::cpu_post_pruning_of_any_arguments::take<const P&, const post_pruning_options&, Arguments&...>)
+auto post_pruning(const P&, const post_pruning_options&, const Arguments&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
-        "post_pruning() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+    using calls = detail::cpu_post_pruning_of_any_arguments;
+    return calls::explain<detail::flaw_of_call<calls, P, post_pruning_options, Arguments...>(), P>();
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto post_pruning(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
+
+// On taskvec::gpu this lives in a header of its own.
+TASKVEC_CALLS_NEED_HEADER(post_pruning, reuse, "taskvec/device/reuse.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_REUSE_POST_PRUNING_HPP
@@ -19882,19 +20085,34 @@ std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method, con
     return deltas;
 }
 
-// On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
-auto peru_fft(const P&, Arguments&&...)
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(
+    cpu, peru_fft, any_arguments, "peru_fft(policy, options of a merge, post_pruning_options, base, tasks, output)")
+// Options in braces have no type of their own.
+template <cpu_policy P, class Options, class... Arguments>
+    requires(!detail::cpu_peru_fft_of_any_arguments::take<const P&, const Options&, const post_pruning_options&,
+        Arguments&...>)
+auto peru_fft(const P&, const Options&, const post_pruning_options&, const Arguments&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
-        "peru_fft() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+    if constexpr (merge_method<Options>) {
+        using calls = detail::cpu_peru_fft_of_any_arguments;
+        return calls::explain<detail::flaw_of_call<calls, P, Options, post_pruning_options, Arguments...>(), P>();
+    }
+    else {
+        static_assert(detail::check_method<Options>());
+        return detail::no_result{};
+    }
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto peru_fft(const P&, const Arguments&...)
+template <cpu_policy P, class Options, class... Arguments>
+    requires(detail::only_constant<detail::cpu_peru_fft_of_any_arguments, P, const Options&,
+        const post_pruning_options&, Arguments...>)
+auto peru_fft(const P&, const Options&, const post_pruning_options&, Arguments&&...)
 {
-    detail::refuse_call<P, Arguments...>();
+    return detail::cpu_peru_fft_of_any_arguments::explain<detail::call_flaw::constant, P>();
 }
+
+// On taskvec::gpu this lives in a header of its own.
+TASKVEC_CALLS_NEED_HEADER(peru_fft, reuse, "taskvec/device/reuse.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_REUSE_PERU_FFT_HPP

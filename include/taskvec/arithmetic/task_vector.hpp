@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <ranges>
 #include <span>
@@ -437,90 +438,30 @@ inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models
     return detail::cosines_of(dots, models.task_count());
 }
 
-// On taskvec::gpu these live in <taskvec/device/arithmetic.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto difference(const P&, Arguments&&...)
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, difference, any_arguments, "difference(policy, tuned, base, output), flat views of one length")
+TASKVEC_WRONG_CALLS(cpu, apply, flat_arguments,
+    "apply(policy, base, vector, lambda, output), or apply(policy, delta, live) of sparse entries")
+TASKVEC_WRONG_CALLS(cpu, negate, any_arguments, "negate(policy, x, output), flat views of one length")
+TASKVEC_WRONG_CALLS(
+    cpu, combine, any_arguments, "combine(policy, vectors, weights, output), where weights are a std::vector<double>")
+TASKVEC_WRONG_CALLS(cpu, dot, any_arguments, "dot(policy, x, y), flat views of one length")
+TASKVEC_WRONG_CALLS(cpu, norm, any_arguments, "norm(policy, x) of a flat view")
+TASKVEC_WRONG_CALLS(cpu, cosine, any_arguments, "cosine(policy, x, y), flat views of one length")
+template <cpu_policy P, class Vectors, class... Arguments>
+auto combine(const P&, const Vectors&, std::initializer_list<double>, const Arguments&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "difference() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(!policy<P>, "combine(): the weights stand in braces: name them, or pass std::vector{0.5, -0.5}");
+    return detail::no_result{};
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto difference(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto apply(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "apply() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto apply(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto negate(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "negate() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto negate(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto combine(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class X, class... Rest>
-    requires detail::flawed_call<P, X>
-auto combine(const P&, const X&, const Rest&...)
-{
-    detail::refuse_call<P, X>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto dot(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "dot() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto dot(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto norm(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "norm() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto norm(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
-template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
-auto cosine(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
-        "cosine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
-}
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto cosine(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
+
+// On taskvec::gpu these live in a header of their own.
+TASKVEC_CALLS_NEED_HEADER(difference, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(apply, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(negate, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(combine, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(dot, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(norm, arithmetic, "taskvec/device/arithmetic.hpp")
+TASKVEC_CALLS_NEED_HEADER(cosine, arithmetic, "taskvec/device/arithmetic.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/device/arithmetic/linear_functors.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/device/models/tensor_dots.hpp>
@@ -236,5 +237,18 @@ inline std::vector<double> cosine_matrix(const gpu& policy, const aligned_models
 {
     return detail::cosines_of(dot_matrix(policy, models), models.task_count());
 }
+
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(
+    gpu, difference, any_arguments, "difference(policy, tuned, base, output), device views of one length")
+TASKVEC_WRONG_CALLS(gpu, apply, flat_arguments,
+    "apply(policy, base, vector, lambda, output), device views of one length; or apply(policy, delta, live) of sparse "
+    "entries")
+TASKVEC_WRONG_CALLS(gpu, negate, any_arguments, "negate(policy, x, output), device views of one length")
+TASKVEC_WRONG_CALLS(
+    gpu, combine, any_arguments, "combine(policy, vectors, weights, output), where weights are a std::vector<double>")
+TASKVEC_WRONG_CALLS(gpu, dot, any_arguments, "dot(policy, x, y), device views of one length")
+TASKVEC_WRONG_CALLS(gpu, norm, any_arguments, "norm(policy, x) of a device view")
+TASKVEC_WRONG_CALLS(gpu, cosine, any_arguments, "cosine(policy, x, y), device views of one length")
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -5,6 +5,7 @@
 // For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system.
 #pragma once
 
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/device/methods/merge.hpp>
 #include <taskvec/device/select.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
@@ -182,6 +183,40 @@ template <device_merge_method Options, input_of<gpu> Base, tasks_of<gpu> Tasks, 
     std::vector<device_sparse_vector<A>> deltas;
     for (const auto& task : tasks) { deltas.push_back(post_pruning(policy, residual, std::as_const(out), task, how)); }
     return deltas;
+}
+
+// What calls say that are none of those above. Options in braces have no type of their own.
+TASKVEC_WRONG_CALLS(
+    gpu, post_pruning, any_arguments, "post_pruning(policy, options, base, task), of device views or models")
+template <std::same_as<gpu> P, class... Arguments>
+    requires(!detail::gpu_post_pruning_of_any_arguments::take<const P&, const post_pruning_options&, Arguments&...>)
+auto post_pruning(const P&, const post_pruning_options&, const Arguments&...)
+{
+    using calls = detail::gpu_post_pruning_of_any_arguments;
+    return calls::explain<detail::flaw_of_call<calls, P, post_pruning_options, Arguments...>(), P>();
+}
+TASKVEC_WRONG_CALLS(
+    gpu, peru_fft, any_arguments, "peru_fft(policy, options of a merge, post_pruning_options, base, tasks, output)")
+template <std::same_as<gpu> P, class Options, class... Arguments>
+    requires(!detail::gpu_peru_fft_of_any_arguments::take<const P&, const Options&, const post_pruning_options&,
+        Arguments&...>)
+auto peru_fft(const P&, const Options&, const post_pruning_options&, const Arguments&...)
+{
+    if constexpr (device_merge_method<Options>) {
+        using calls = detail::gpu_peru_fft_of_any_arguments;
+        return calls::explain<detail::flaw_of_call<calls, P, Options, post_pruning_options, Arguments...>(), P>();
+    }
+    else {
+        static_assert(detail::check_device_method<Options>());
+        return detail::no_result{};
+    }
+}
+template <std::same_as<gpu> P, class Options, class... Arguments>
+    requires(detail::only_constant<detail::gpu_peru_fft_of_any_arguments, P, const Options&,
+        const post_pruning_options&, Arguments...>)
+auto peru_fft(const P&, const Options&, const post_pruning_options&, Arguments&&...)
+{
+    return detail::gpu_peru_fft_of_any_arguments::explain<detail::call_flaw::constant, P>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -5,6 +5,7 @@
 // these wait.
 #pragma once
 
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/device/select/sparse.hpp>
 #include <taskvec/device/select/top_k.hpp>
 
@@ -64,5 +65,10 @@ template <input_of<gpu> X>
     resident.check_finite();
     return thresholds;
 }
+
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(gpu, top_k, any_arguments, "top_k(policy, x, k) of a device view, where k counts entries")
+TASKVEC_WRONG_CALLS(
+    gpu, kth_magnitude, any_arguments, "kth_magnitude(policy, x, k) of a device view, where k counts entries")
 
 } // namespace taskvec::inline TASKVEC_ABI

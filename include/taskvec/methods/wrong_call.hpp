@@ -218,9 +218,4 @@ consteval bool merges_in_braces()
     return !owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>);
 }
 
-/// Not a policy, nor what becomes one.
-template <class X>
-concept no_policy =
-    !policy<X> && !std::convertible_to<const X&, const cpu&> && !std::convertible_to<const X&, const gpu&>;
-
 } // namespace taskvec::inline TASKVEC_ABI::detail

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -171,6 +172,22 @@ public:
         }
         for (const auto& [name, tensor] : reference) { add(name, tensor, tasks, equal); }
         cut();
+    }
+
+    /// What is no base and tasks: a sentence says so.
+    template <class Base, class Tasks, class... Rest>
+        requires(!std::derived_from<Base, aligned_models>
+            && (!std::convertible_to<const Base&, const const_model_ref*>
+                || !std::convertible_to<const Tasks&, std::span<const const_model_ref>>))
+    aligned_models(const Base&, const Tasks&, const Rest&...)
+    {
+        constexpr bool address = std::convertible_to<const Base&, const const_model_ref*>;
+        static_assert(address,
+            "aligned_models: the base is the address of a taskvec::const_model_ref, or nullptr where there is none: "
+            "aligned_models(&base, tasks)");
+        static_assert(!address || std::convertible_to<const Tasks&, std::span<const const_model_ref>>,
+            "aligned_models: the tasks are no list of models: pass a std::vector<taskvec::const_model_ref>, or {&task, "
+            "1} for one");
     }
 
     /// The same models, handed to threads in other chunks.

@@ -67,18 +67,33 @@ std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method, con
     return deltas;
 }
 
-// On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
-auto peru_fft(const P&, Arguments&&...)
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(
+    cpu, peru_fft, any_arguments, "peru_fft(policy, options of a merge, post_pruning_options, base, tasks, output)")
+// Options in braces have no type of their own.
+template <cpu_policy P, class Options, class... Arguments>
+    requires(!detail::cpu_peru_fft_of_any_arguments::take<const P&, const Options&, const post_pruning_options&,
+        Arguments&...>)
+auto peru_fft(const P&, const Options&, const post_pruning_options&, const Arguments&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
-        "peru_fft() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+    if constexpr (merge_method<Options>) {
+        using calls = detail::cpu_peru_fft_of_any_arguments;
+        return calls::explain<detail::flaw_of_call<calls, P, Options, post_pruning_options, Arguments...>(), P>();
+    }
+    else {
+        static_assert(detail::check_method<Options>());
+        return detail::no_result{};
+    }
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto peru_fft(const P&, const Arguments&...)
+template <cpu_policy P, class Options, class... Arguments>
+    requires(detail::only_constant<detail::cpu_peru_fft_of_any_arguments, P, const Options&,
+        const post_pruning_options&, Arguments...>)
+auto peru_fft(const P&, const Options&, const post_pruning_options&, Arguments&&...)
 {
-    detail::refuse_call<P, Arguments...>();
+    return detail::cpu_peru_fft_of_any_arguments::explain<detail::call_flaw::constant, P>();
 }
+
+// On taskvec::gpu this lives in a header of its own.
+TASKVEC_CALLS_NEED_HEADER(peru_fft, reuse, "taskvec/device/reuse.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI

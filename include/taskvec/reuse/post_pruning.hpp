@@ -169,18 +169,19 @@ template <input_of<cpu> Base, input_of<cpu> Task>
     return std::get<sparse_vector<A>>(std::move(model.begin()->second));
 }
 
-// On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
-auto post_pruning(const P&, Arguments&&...)
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, post_pruning, any_arguments,
+    "post_pruning(policy, options, base, task), of flat views or models; or (policy, options, aligned models, sink)")
+// Options in braces have no type of their own.
+template <cpu_policy P, class... Arguments>
+    requires(!detail::cpu_post_pruning_of_any_arguments::take<const P&, const post_pruning_options&, Arguments&...>)
+auto post_pruning(const P&, const post_pruning_options&, const Arguments&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
-        "post_pruning() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+    using calls = detail::cpu_post_pruning_of_any_arguments;
+    return calls::explain<detail::flaw_of_call<calls, P, post_pruning_options, Arguments...>(), P>();
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto post_pruning(const P&, const Arguments&...)
-{
-    detail::refuse_call<P, Arguments...>();
-}
+
+// On taskvec::gpu this lives in a header of its own.
+TASKVEC_CALLS_NEED_HEADER(post_pruning, reuse, "taskvec/device/reuse.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI

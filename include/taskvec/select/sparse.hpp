@@ -6,6 +6,7 @@
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/select/index_list.hpp>
 
@@ -610,6 +611,16 @@ void undo(const Policy& policy, const sparse_model& delta, const saved_words& sa
 {
     undo(policy, views(delta), saved.bytes(), live);
 }
+
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, apply, sparse_arguments,
+    "apply(policy, delta, live), or (policy, delta, live, saved): a sparse vector and a flat view, or a sparse_model "
+    "and a "
+    "taskvec::model_ref; or apply(policy, base, vector, lambda, output)")
+TASKVEC_WRONG_CALLS(cpu, undo, any_arguments,
+    "undo(policy, delta, saved, live): a sparse vector and flat views, or a sparse_model, the words that apply() saved "
+    "and "
+    "a taskvec::model_ref")
 
 /// Receives the kept entries of a model: first how many there are of each included tensor, then the entries, in pieces
 /// that come in any order and from several threads at once.

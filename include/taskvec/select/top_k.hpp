@@ -858,30 +858,13 @@ template <input_of<cpu> X>
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 
-// On taskvec::gpu these live in <taskvec/device/select.hpp>; without it a call says so.
-template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
-auto top_k(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
-        "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
-}
-template <class P, class X, class... Rest>
-    requires detail::flawed_call<P, X>
-auto top_k(const P&, const X&, const Rest&...)
-{
-    detail::refuse_call<P, X>();
-}
-template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
-auto kth_magnitude(const P&, Arguments&&...)
-{
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
-        "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
-}
-template <class P, class X, class... Rest>
-    requires detail::flawed_call<P, X>
-auto kth_magnitude(const P&, const X&, const Rest&...)
-{
-    detail::refuse_call<P, X>();
-}
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(cpu, top_k, any_arguments, "top_k(policy, x, k) of a flat view, where k counts entries")
+TASKVEC_WRONG_CALLS(
+    cpu, kth_magnitude, any_arguments, "kth_magnitude(policy, x, k) of a flat view, where k counts entries")
+
+// On taskvec::gpu these live in a header of their own.
+TASKVEC_CALLS_NEED_HEADER(top_k, select, "taskvec/device/select.hpp")
+TASKVEC_CALLS_NEED_HEADER(kth_magnitude, select, "taskvec/device/select.hpp")
 
 } // namespace taskvec::inline TASKVEC_ABI

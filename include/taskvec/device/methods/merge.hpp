@@ -165,30 +165,45 @@ merge_report merge(const gpu& policy, const Options& options, const Tasks& tasks
         policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
-/// A method that does not merge on a device.
-template <merge_method Options, class... Arguments>
-    requires(!device_merge_method<Options>)
-auto merge(const gpu&, const Options&, Arguments&&...)
+namespace detail {
+/// Says in a sentence why options are none of a merge on taskvec::gpu.
+template <class Options>
+consteval bool check_device_method()
 {
-    static_assert(device_merge_method<Options>,
-        "this method does not merge on taskvec::gpu: it has no body, or says so by on_device = false; RegMean does "
-        "with <taskvec/device/methods/regmean.hpp>");
+    if constexpr (merge_method<Options>) {
+        static_assert(device_merge_method<Options>,
+            "this method does not merge on taskvec::gpu: it has no body, or says so by on_device = false; RegMean does "
+            "with <taskvec/device/methods/regmean.hpp>");
+        return true;
+    }
+    else {
+        return check_method<Options>();
+    }
 }
 
-/// Options that are those of no method, or of one that lacks something: a sentence says what.
+/// Arguments of merge() that begin with options of a merge on taskvec::gpu.
+template <class Options = void, class...>
+consteval bool begin_with_device_options()
+{
+    return device_merge_method<Options>;
+}
+template <class... Arguments>
+concept device_arguments = begin_with_device_options<Arguments...>();
+} // namespace detail
+
+/// Options of no method, or of one that lacks something or does not merge on a device: a sentence says what.
 template <std::same_as<gpu> P, class Options, class... Arguments>
-    requires(!merge_method<Options> && sizeof...(Arguments) >= 2)
+    requires(!device_merge_method<Options> && sizeof...(Arguments) >= 2)
 auto merge(const P&, const Options&, Arguments&&...)
 {
-    static_assert(detail::check_method<Options>());
+    static_assert(detail::check_device_method<Options>());
+    return detail::no_result{};
 }
 
-/// Arguments that are no device views: a sentence says so.
-template <device_merge_method Options, class... Arguments>
-    requires detail::flawed_call<gpu, Arguments...>
-auto merge(const gpu&, const Options&, const Arguments&...)
-{
-    detail::refuse_call<gpu, Arguments...>();
-}
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(gpu, merge, device_arguments,
+    "merge(policy, options, base, tasks, output), of device views or of models in device memory; without the base "
+    "where "
+    "the method needs none")
 
 } // namespace taskvec::inline TASKVEC_ABI

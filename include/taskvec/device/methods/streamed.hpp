@@ -2,10 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/device/methods/merge.hpp>
 #include <taskvec/device/models/streamed_models.hpp>
 #include <taskvec/models/overflow_guard.hpp>
 
+#include <concepts>
 #include <optional>
 #include <span>
 
@@ -53,5 +55,27 @@ merge_report merge_streamed(const gpu& policy, const Options& options, const con
     memory_sink sink = detail::sink_over(models, out);
     return merge_streamed(policy, options, models, sink, streaming);
 }
+
+/// Options of no method, or of one that lacks something or does not merge on a device: a sentence says what.
+template <std::same_as<gpu> P, class Options, class... Arguments>
+    requires(!device_merge_method<Options> && sizeof...(Arguments) >= 2)
+auto merge_streamed(const P&, const Options&, Arguments&&...)
+{
+    static_assert(detail::check_device_method<Options>());
+    return detail::no_result{};
+}
+template <std::same_as<gpu> P, class Options, class Models, class Sink>
+    requires(!device_merge_method<Options>)
+auto merge_streamed(const P&, const Options&, const Models&, Sink&&, const stream_options&)
+{
+    static_assert(detail::check_device_method<Options>());
+    return detail::no_result{};
+}
+
+// What calls say that are none of those above.
+TASKVEC_WRONG_CALLS(gpu, merge_streamed, device_arguments,
+    "merge_streamed(policy, options, aligned models, sink, stream_options), or (policy, options, base, tasks, output) "
+    "of "
+    "models in host memory")
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,22 @@
+// Options of no method.
+// SPDX-License-Identifier: Apache-2.0
+// error: these are not the options of a merge method
+// lines: 30
+#include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/reuse/peru_fft.hpp>
+
+#include <vector>
+
+using namespace taskvec;
+
+int main()
+{
+    const std::vector<float> base(3);
+    const std::vector<std::vector<float>> tasks{base};
+    [[maybe_unused]] std::vector<float> out(3);
+#if defined(TASKVEC_FAULT)
+    (void)peru_fft(cpu{}, post_pruning_options{}, {.density = 0.1}, base, tasks, out);
+#else
+    (void)peru_fft(cpu{}, task_arithmetic_options{}, {.density = 0.1}, base, tasks, out);
+#endif
+}
