@@ -9732,6 +9732,7 @@ concept sparse_arguments = !first_is_flat<Arguments...>();
 #include <cstdint>
 #include <ranges>
 #include <span>
+#include <string_view>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
@@ -9769,11 +9770,25 @@ template <class X>
 concept list_like = std::ranges::input_range<const std::remove_cvref_t<X>> && !viewable<const std::remove_cvref_t<X>>
     && !std::is_arithmetic_v<std::remove_cvref_t<std::ranges::range_reference_t<const std::remove_cvref_t<X>>>>;
 
+/// Text, such as the name of a file.
+template <class X>
+concept text_like = std::convertible_to<const std::remove_cvref_t<X>&, std::string_view>;
+/// The address of a model.
+template <class X>
+concept address_of_model = std::is_pointer_v<std::remove_cvref_t<X>>
+    && std::convertible_to<const std::remove_pointer_t<std::remove_cvref_t<X>>&, const_model_ref>;
+
 /// Says what is wrong with a base.
 template <class Base>
 consteval void check_merge_base()
 {
-    constexpr view_flaw flaw = flaw_of<Base, memory_space::host>();
+    constexpr bool read = !text_like<Base>, here = !address_of_model<Base>, one = !list_like<Base>;
+    static_assert(read,
+        "merge(): the base is text: where it names a file, open that first (taskvec/formats), and pass its model");
+    static_assert(here, "merge(): the base is the address of a model: pass the model itself");
+    static_assert(
+        one || !read, "merge(): a list stands where the base is expected: merge(policy, options, base, tasks, output)");
+    constexpr view_flaw flaw = read && here && one ? flaw_of<Base, memory_space::host>() : view_flaw::none;
     static_assert(flaw != view_flaw::pointer,
         "merge(): the base is a pointer, which does not say how long it is: pass "
         "taskvec::host_view<const float>(pointer, size)");
@@ -9927,14 +9942,28 @@ struct merge_arguments<Options, Base, Tasks, Out, How> {
     }
 };
 
+/// What empty braces hold in place of tasks.
+struct no_task { };
+
+/// Braces with tasks of several types.
+struct mixed_tasks {
+    template <list_entry First, list_entry... Rest>
+        requires(!(std::same_as<First, Rest> && ...))
+    mixed_tasks(const First&, const Rest&...)
+    { }
+};
+
 /// Whether tasks of a type in braces can be merged; says why not.
 template <class Task>
 consteval bool merges_in_braces()
 {
-    static_assert(!owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>),
+    constexpr bool some = !std::same_as<Task, no_task>;
+    static_assert(some, "merge(): no task was given: the braces of the tasks are empty");
+    constexpr bool right = !owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>);
+    static_assert(right || !some,
         "merge(): tasks in braces would be copied, or are of no one type: pass views, {taskvec::as_view(a), "
         "taskvec::as_view(b)}, or name a list of them");
-    return !owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>);
+    return right;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI::detail
@@ -10399,7 +10428,7 @@ merge_report merge(const P&, const Options&, Arguments&&...)
 }
 
 /// The tasks in braces, as views or models: `{as_view(a), as_view(b)}`. (Vectors in braces would be copied.)
-template <merge_method Options, class Base, class Task, class Out>
+template <merge_method Options, class Base, class Task = detail::no_task, class Out>
 merge_report merge(const cpu& policy, const Options& options, const Base& base, std::initializer_list<Task> tasks,
     Out&& out, const model_options& how = {})
 {
@@ -10408,7 +10437,7 @@ merge_report merge(const cpu& policy, const Options& options, const Base& base, 
     }
     return {};
 }
-template <merge_method Options, class Task, class Out>
+template <merge_method Options, class Task = detail::no_task, class Out>
 merge_report merge(const cpu& policy, const Options& options, std::initializer_list<Task> tasks, Out&& out,
     const model_options& how = {})
 {
@@ -10418,12 +10447,43 @@ merge_report merge(const cpu& policy, const Options& options, std::initializer_l
     return {};
 }
 
+/// Braces that say nothing of a type: a sentence says so.
+template <merge_method Options, class Base, class Out>
+merge_report merge(
+    const cpu&, const Options&, const Base&, const detail::mixed_tasks&, Out&&, const model_options& = {})
+{
+    static_assert(!merge_method<Options>,
+        "merge(): the tasks in braces are of no one type: convert one of them, or merge models of tensors");
+    return {};
+}
+template <merge_method Options, class Out>
+merge_report merge(const cpu&, const Options&, const detail::mixed_tasks&, Out&&, const model_options& = {})
+{
+    static_assert(!merge_method<Options>,
+        "merge(): the tasks in braces are of no one type: convert one of them, or merge models of tensors");
+    return {};
+}
+template <merge_method Options, class Number, class Tasks, class Out>
+    requires std::is_arithmetic_v<Number>
+merge_report merge(
+    const cpu&, const Options&, std::initializer_list<Number>, const Tasks&, Out&&, const model_options& = {})
+{
+    static_assert(!merge_method<Options>, "merge(): the base stands in braces: name a vector of its numbers");
+    return {};
+}
+
 /// Arguments that are none of those above: a sentence says which one, and what it should be.
 template <merge_method Options, class... Arguments>
     requires(!detail::right_merge<Options, Arguments...>)
 merge_report merge(const cpu&, const Options&, Arguments&&...)
 {
     detail::merge_arguments<Options, Arguments...>::check();
+    return {};
+}
+template <cpu_policy P>
+merge_report merge(const P&)
+{
+    static_assert(!policy<P>, "merge(): expected (policy, options, base, tasks, output)");
     return {};
 }
 template <detail::no_policy P, merge_method Options, class... Arguments>

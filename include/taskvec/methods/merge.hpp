@@ -258,7 +258,7 @@ merge_report merge(const P&, const Options&, Arguments&&...)
 }
 
 /// The tasks in braces, as views or models: `{as_view(a), as_view(b)}`. (Vectors in braces would be copied.)
-template <merge_method Options, class Base, class Task, class Out>
+template <merge_method Options, class Base, class Task = detail::no_task, class Out>
 merge_report merge(const cpu& policy, const Options& options, const Base& base, std::initializer_list<Task> tasks,
     Out&& out, const model_options& how = {})
 {
@@ -267,7 +267,7 @@ merge_report merge(const cpu& policy, const Options& options, const Base& base, 
     }
     return {};
 }
-template <merge_method Options, class Task, class Out>
+template <merge_method Options, class Task = detail::no_task, class Out>
 merge_report merge(const cpu& policy, const Options& options, std::initializer_list<Task> tasks, Out&& out,
     const model_options& how = {})
 {
@@ -277,12 +277,43 @@ merge_report merge(const cpu& policy, const Options& options, std::initializer_l
     return {};
 }
 
+/// Braces that say nothing of a type: a sentence says so.
+template <merge_method Options, class Base, class Out>
+merge_report merge(
+    const cpu&, const Options&, const Base&, const detail::mixed_tasks&, Out&&, const model_options& = {})
+{
+    static_assert(!merge_method<Options>,
+        "merge(): the tasks in braces are of no one type: convert one of them, or merge models of tensors");
+    return {};
+}
+template <merge_method Options, class Out>
+merge_report merge(const cpu&, const Options&, const detail::mixed_tasks&, Out&&, const model_options& = {})
+{
+    static_assert(!merge_method<Options>,
+        "merge(): the tasks in braces are of no one type: convert one of them, or merge models of tensors");
+    return {};
+}
+template <merge_method Options, class Number, class Tasks, class Out>
+    requires std::is_arithmetic_v<Number>
+merge_report merge(
+    const cpu&, const Options&, std::initializer_list<Number>, const Tasks&, Out&&, const model_options& = {})
+{
+    static_assert(!merge_method<Options>, "merge(): the base stands in braces: name a vector of its numbers");
+    return {};
+}
+
 /// Arguments that are none of those above: a sentence says which one, and what it should be.
 template <merge_method Options, class... Arguments>
     requires(!detail::right_merge<Options, Arguments...>)
 merge_report merge(const cpu&, const Options&, Arguments&&...)
 {
     detail::merge_arguments<Options, Arguments...>::check();
+    return {};
+}
+template <cpu_policy P>
+merge_report merge(const P&)
+{
+    static_assert(!policy<P>, "merge(): expected (policy, options, base, tasks, output)");
     return {};
 }
 template <detail::no_policy P, merge_method Options, class... Arguments>

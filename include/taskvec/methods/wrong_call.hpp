@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <ranges>
 #include <span>
+#include <string_view>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
@@ -50,11 +51,25 @@ template <class X>
 concept list_like = std::ranges::input_range<const std::remove_cvref_t<X>> && !viewable<const std::remove_cvref_t<X>>
     && !std::is_arithmetic_v<std::remove_cvref_t<std::ranges::range_reference_t<const std::remove_cvref_t<X>>>>;
 
+/// Text, such as the name of a file.
+template <class X>
+concept text_like = std::convertible_to<const std::remove_cvref_t<X>&, std::string_view>;
+/// The address of a model.
+template <class X>
+concept address_of_model = std::is_pointer_v<std::remove_cvref_t<X>>
+    && std::convertible_to<const std::remove_pointer_t<std::remove_cvref_t<X>>&, const_model_ref>;
+
 /// Says what is wrong with a base.
 template <class Base>
 consteval void check_merge_base()
 {
-    constexpr view_flaw flaw = flaw_of<Base, memory_space::host>();
+    constexpr bool read = !text_like<Base>, here = !address_of_model<Base>, one = !list_like<Base>;
+    static_assert(read,
+        "merge(): the base is text: where it names a file, open that first (taskvec/formats), and pass its model");
+    static_assert(here, "merge(): the base is the address of a model: pass the model itself");
+    static_assert(
+        one || !read, "merge(): a list stands where the base is expected: merge(policy, options, base, tasks, output)");
+    constexpr view_flaw flaw = read && here && one ? flaw_of<Base, memory_space::host>() : view_flaw::none;
     static_assert(flaw != view_flaw::pointer,
         "merge(): the base is a pointer, which does not say how long it is: pass "
         "taskvec::host_view<const float>(pointer, size)");
@@ -208,14 +223,28 @@ struct merge_arguments<Options, Base, Tasks, Out, How> {
     }
 };
 
+/// What empty braces hold in place of tasks.
+struct no_task { };
+
+/// Braces with tasks of several types.
+struct mixed_tasks {
+    template <list_entry First, list_entry... Rest>
+        requires(!(std::same_as<First, Rest> && ...))
+    mixed_tasks(const First&, const Rest&...)
+    { }
+};
+
 /// Whether tasks of a type in braces can be merged; says why not.
 template <class Task>
 consteval bool merges_in_braces()
 {
-    static_assert(!owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>),
+    constexpr bool some = !std::same_as<Task, no_task>;
+    static_assert(some, "merge(): no task was given: the braces of the tasks are empty");
+    constexpr bool right = !owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>);
+    static_assert(right || !some,
         "merge(): tasks in braces would be copied, or are of no one type: pass views, {taskvec::as_view(a), "
         "taskvec::as_view(b)}, or name a list of them");
-    return !owns_elements<Task> && (viewable<const Task> || std::same_as<Task, const_model_ref>);
+    return right;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI::detail

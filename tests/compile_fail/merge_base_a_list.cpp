@@ -1,0 +1,22 @@
+// Base and tasks in the wrong order.
+// SPDX-License-Identifier: Apache-2.0
+// error: merge\(\): a list stands where the base is expected
+// lines: 30
+#include <taskvec/methods/task_arithmetic.hpp>
+
+#include <vector>
+
+using namespace taskvec;
+
+int main()
+{
+    const task_arithmetic_options options{.lambda = 0.3};
+    const std::vector<float> base(3);
+    const std::vector<std::vector<float>> tasks{base};
+    [[maybe_unused]] std::vector<float> out(3);
+#if defined(TASKVEC_FAULT)
+    merge(cpu{}, options, tasks, base, out);
+#else
+    merge(cpu{}, options, base, tasks, out);
+#endif
+}
