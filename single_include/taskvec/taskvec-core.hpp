@@ -2769,7 +2769,36 @@ struct pack {
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
     typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
+
+    template <class T = void>
+    TASKVEC_HOST_DEVICE explicit operator bool() const
+    {
+        static_assert(detail::never<T>,
+            "a body must not branch on a pack: its entries may differ; choose with select(mask, yes, no) or "
+            "where(mask, x), where a mask is a comparison such as x != 0");
+        return false;
+    }
 };
+
+// Of masks !, && and || would be single answers.
+template <arithmetic_element A, int bytes>
+TASKVEC_HOST_DEVICE auto operator!(const pack_mask<A, bytes>& x)
+{
+    static_assert(detail::never<A>, "the opposite of a mask is ~mask: its entries may differ");
+    return x;
+}
+template <arithmetic_element A, int bytes>
+TASKVEC_HOST_DEVICE auto operator&&(const pack_mask<A, bytes>& x, const pack_mask<A, bytes>&)
+{
+    static_assert(detail::never<A>, "masks are joined with & and |, not with && and ||: their entries may differ");
+    return x;
+}
+template <arithmetic_element A, int bytes>
+TASKVEC_HOST_DEVICE auto operator||(const pack_mask<A, bytes>& x, const pack_mask<A, bytes>&)
+{
+    static_assert(detail::never<A>, "masks are joined with & and |, not with && and ||: their entries may differ");
+    return x;
+}
 
 TASKVEC_KERNELS_BEGIN
 
@@ -7160,381 +7189,6 @@ template <class Options>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
 
-// ---- taskvec/methods/walk.hpp
-#if !defined(TASKVEC_SINGLE_METHODS_WALK_HPP)
-#define TASKVEC_SINGLE_METHODS_WALK_HPP
-// The walk that merges on the CPU: chunks on threads, blocks in kernels, results past the cache.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/random_words.hpp
-#if !defined(TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP)
-#define TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP
-// Random words of many elements at once: what random_stream gives one by one, in vectors.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/random.hpp
-#if !defined(TASKVEC_SINGLE_CORE_RANDOM_HPP)
-#define TASKVEC_SINGLE_CORE_RANDOM_HPP
-// Counter-based random numbers: the same draw for an element wherever, and in whatever order, it is processed.
-// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/hash.hpp
-#if !defined(TASKVEC_SINGLE_CORE_HASH_HPP)
-#define TASKVEC_SINGLE_CORE_HASH_HPP
-// XXH64 (the xxHash specification by Yann Collet): the 64-bit hash behind fingerprints and random streams.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#include <bit>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <string_view>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// Streaming XXH64. The result depends on the bytes alone, not on how they were split into updates.
-///
-///     xxh64 hash;
-///     hash.update(data, size);
-///     std::uint64_t value = hash.digest();
-class xxh64 {
-public:
-    /// Begins a hash; the seed is XXH64's.
-    explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
-        : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
-        , seed_(seed)
-    { }
-
-    /// Goes on with `size` bytes.
-    void update(const void* data, std::size_t size) noexcept
-    {
-        const auto* bytes = static_cast<const unsigned char*>(data);
-        total_ += size;
-        if (size < 32 && held_ + size < 32) { // (the first half for compilers that take the sum for one that wraps)
-            if (size) { std::memcpy(buffer_ + held_, bytes, size); }
-            held_ += size;
-            return;
-        }
-        if (held_) {
-            const std::size_t missing = 32 - held_;
-            std::memcpy(buffer_ + held_, bytes, missing);
-            bytes += missing;
-            size -= missing;
-            stripe(buffer_);
-        }
-        for (; size >= 32; bytes += 32, size -= 32) { stripe(bytes); }
-        if (size) { std::memcpy(buffer_, bytes, size); }
-        held_ = size;
-    }
-    void update(std::string_view text) noexcept { update(text.data(), text.size()); }
-
-    /// The hash of all that was given so far, which may go on.
-    [[nodiscard]] std::uint64_t digest() const noexcept
-    {
-        std::uint64_t h;
-        if (total_ >= 32) {
-            h = std::rotl(lanes_[0], 1) + std::rotl(lanes_[1], 7) + std::rotl(lanes_[2], 12) + std::rotl(lanes_[3], 18);
-            for (const auto lane : lanes_) { h = (h ^ round(0, lane)) * p1 + p4; }
-        }
-        else {
-            h = seed_ + p5;
-        }
-        h += total_;
-        std::size_t at = 0;
-        for (; at + 8 <= held_; at += 8) {
-            h = std::rotl(h ^ round(0, read<std::uint64_t>(buffer_ + at)), 27) * p1 + p4;
-        }
-        if (at + 4 <= held_) {
-            h = std::rotl(h ^ (read<std::uint32_t>(buffer_ + at) * p1), 23) * p2 + p3;
-            at += 4;
-        }
-        for (; at < held_; ++at) { h = std::rotl(h ^ (buffer_[at] * p5), 11) * p1; }
-        h = (h ^ (h >> 33)) * p2;
-        h = (h ^ (h >> 29)) * p3;
-        return h ^ (h >> 32);
-    }
-
-private:
-    static_assert(std::endian::native == std::endian::little, "taskvec reads and writes little-endian files in place");
-    static constexpr std::uint64_t p1 = 0x9E3779B185EBCA87ull, p2 = 0xC2B2AE3D27D4EB4Full, p3 = 0x165667B19E3779F9ull,
-                                   p4 = 0x85EBCA77C2B2AE63ull, p5 = 0x27D4EB2F165667C5ull;
-    template <class Word>
-    static std::uint64_t read(const unsigned char* bytes) noexcept
-    {
-        Word word;
-        std::memcpy(&word, bytes, sizeof word);
-        return word;
-    }
-    static constexpr std::uint64_t round(std::uint64_t lane, std::uint64_t input) noexcept
-    {
-        return std::rotl(lane + input * p2, 31) * p1;
-    }
-    void stripe(const unsigned char* bytes) noexcept
-    {
-        for (std::size_t i = 0; i < 4; ++i) { lanes_[i] = round(lanes_[i], read<std::uint64_t>(bytes + 8 * i)); }
-    }
-
-    std::uint64_t lanes_[4];
-    std::uint64_t seed_;
-    std::uint64_t total_ = 0;
-    std::size_t held_ = 0;
-    unsigned char buffer_[32] = {};
-};
-
-/// XXH64 of a string.
-[[nodiscard]] inline std::uint64_t hash64(std::string_view text, std::uint64_t seed = 0) noexcept
-{
-    xxh64 hash(seed);
-    hash.update(text);
-    return hash.digest();
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_HASH_HPP
-
-#include <array>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <numbers>
-#include <string_view>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// What Philox4x32-10 consists of.
-inline constexpr int philox_rounds = 10;
-/// What the first and the third word of a counter are multiplied by in each round.
-inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
-/// The key of the next round.
-[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
-    std::array<std::uint32_t, 2> key) noexcept
-{
-    return {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
-}
-/// One block of Philox4x32-10: four random words for a 128-bit counter and a 64-bit key.
-[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32(
-    std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept
-{
-    for (int round = 0; round < philox_rounds; ++round) {
-        const std::uint64_t a = std::uint64_t{philox_multipliers[0]} * counter[0];
-        const std::uint64_t b = std::uint64_t{philox_multipliers[1]} * counter[2];
-        counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
-            static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
-        key = next_philox_key(key);
-    }
-    return counter;
-}
-
-/// The random numbers of one (seed, task, tensor name): element i's draw is a function of these and i alone.
-/// Key: XXH64 of the name seeded with `seed`. Counter: (i / 4, task, 0) as (low word, high word, task, 0); word i
-/// mod 4.
-///
-///     random_stream stream(seed, task, "layer.weight");
-///     bool keep = stream.word(i) < keep_below(density);
-class random_stream {
-public:
-    /// The numbers of (seed, task, tensor name).
-    random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
-        : random_stream(hash64(name, seed), task)
-    { }
-    /// The same by the key, the hash of name and seed.
-    TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
-        : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
-        , task_(task)
-    { }
-
-    /// The key of the first round.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
-    /// Which task's numbers they are.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
-    /// The four words of elements 4·block … 4·block + 3.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
-    {
-        return philox4x32(
-            {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), task_, 0u}, key_);
-    }
-    /// A uniform 32-bit word for element `index`.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t word(std::uint64_t index) const noexcept
-    {
-        return words(index / 4)[index % 4];
-    }
-    /// Uniform in [0, 1), a multiple of 2^-32.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr double uniform(std::uint64_t index) const noexcept
-    {
-        return word(index) * 0x1p-32;
-    }
-    /// Standard normal, by Box and Muller: elements 2j and 2j + 1 are pair j.
-    [[nodiscard]] std::array<double, 2> normal_pair(std::uint64_t pair) const noexcept
-    {
-        const auto four = words(pair);
-        const double u = static_cast<double>(((std::uint64_t{four[0]} << 32 | four[1]) >> 11) + 1) * 0x1p-53; // (0, 1]
-        const double v = static_cast<double>((std::uint64_t{four[2]} << 32 | four[3]) >> 11) * 0x1p-53; // [0, 1)
-        const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
-        return {radius * std::cos(angle), radius * std::sin(angle)};
-    }
-    /// Standard normal: a half of the element's pair.
-    [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
-
-private:
-    std::array<std::uint32_t, 2> key_;
-    std::uint32_t task_;
-};
-
-/// An element is kept with probability `density` when its word is below this: density·2^32, rounded.
-[[nodiscard]] inline std::uint64_t keep_below(double density) noexcept
-{
-    return static_cast<std::uint64_t>(std::llround(density * 0x1p32));
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_RANDOM_HPP
-
-#include <cstddef>
-#include <cstdint>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// Where the words of consecutive elements go.
-enum class word_order : std::uint8_t {
-    in_sequence, ///< one behind the other
-    halves ///< those of even elements, and after `half` words those of odd ones: as stored_pack takes 16-bit types
-           ///< apart
-};
-
-namespace kernels {
-
-TASKVEC_KERNELS_BEGIN
-
-/// The words of 4·blocks elements from 4·first on, less 2³¹. Philox is computed on one lane of 64 bits for each block,
-/// whose lower half holds a word of the counter.
-template <word_order order>
-struct random_words_kernel {
-    random_stream stream;
-    std::uint64_t first;
-    std::size_t blocks;
-    std::int32_t* words;
-    std::size_t half; ///< words before those of odd elements
-
-    template <int bytes>
-    TASKVEC_INLINE void run() const
-    {
-        std::size_t block = 0;
-#if TASKVEC_VECTORS() && defined(__x86_64__)
-        if constexpr (bytes > 0) { block = vectors<bytes>(); }
-#endif
-        for (; block < blocks; ++block) {
-            const auto four = stream.words(first + block);
-            for (std::size_t j = 0; j < 4; ++j) {
-                const auto word = static_cast<std::int32_t>(four[j] ^ 0x80000000u);
-                if constexpr (order == word_order::in_sequence) { words[4 * block + j] = word; }
-                else {
-                    words[j % 2 * half + 2 * block + j / 2] = word;
-                }
-            }
-        }
-    }
-
-private:
-#if TASKVEC_VECTORS() && defined(__x86_64__)
-    template <int bytes>
-    [[nodiscard]] TASKVEC_INLINE std::size_t vectors() const
-    {
-        using lanes = typename taskvec::detail::vector_of<std::uint64_t, bytes>::type;
-        constexpr std::size_t width = sizeof(lanes) / sizeof(std::uint64_t);
-        constexpr std::uint64_t lower = 0xffffffffu, signs = 0x8000000080000000u;
-        lanes keys[2][philox_rounds], place{};
-        auto key = stream.key();
-        for (int round = 0; round < philox_rounds; ++round) {
-            keys[0][round] = lanes{} + key[0];
-            keys[1][round] = lanes{} + key[1];
-            key = next_philox_key(key);
-        }
-        for (std::size_t lane = 0; lane < width; ++lane) { place[lane] = first + lane; }
-        const lanes by_first = lanes{} + std::uint64_t{philox_multipliers[0]},
-                    by_second = lanes{} + std::uint64_t{philox_multipliers[1]};
-        std::size_t block = 0;
-        for (; block + width <= blocks; block += width) {
-            lanes c0 = place, c1 = place >> 32, c2 = lanes{} + std::uint64_t{stream.task()}, c3{};
-            TASKVEC_UNROLL(10)
-            for (int round = 0; round < philox_rounds; ++round) {
-                lanes a = c0, b = c2;
-                multiply_lower(a, by_first);
-                multiply_lower(b, by_second);
-                c0 = (b >> 32) ^ c1 ^ keys[0][round];
-                c1 = b;
-                c2 = (a >> 32) ^ c3 ^ keys[1][round];
-                c3 = a;
-            }
-            if constexpr (order == word_order::in_sequence) {
-                const lanes front = (((c0 & lower) | (c1 << 32)) ^ signs), back = (((c2 & lower) | (c3 << 32)) ^ signs);
-                std::int32_t* const out = words + 4 * block;
-                if constexpr (bytes == 64) {
-                    put(__builtin_shufflevector(front, back, 0, 8, 1, 9, 2, 10, 3, 11), out);
-                    put(__builtin_shufflevector(front, back, 4, 12, 5, 13, 6, 14, 7, 15), out + 16);
-                }
-                else if constexpr (bytes == 32) {
-                    put(__builtin_shufflevector(front, back, 0, 4, 1, 5), out);
-                    put(__builtin_shufflevector(front, back, 2, 6, 3, 7), out + 8);
-                }
-                else {
-                    put(__builtin_shufflevector(front, back, 0, 2), out);
-                    put(__builtin_shufflevector(front, back, 1, 3), out + 4);
-                }
-            }
-            else {
-                put(((c0 & lower) | (c2 << 32)) ^ signs, words + 2 * block);
-                put(((c1 & lower) | (c3 << 32)) ^ signs, words + half + 2 * block);
-            }
-            place = place + width;
-        }
-        return block;
-    }
-    template <class Lanes>
-    static TASKVEC_INLINE void put(const Lanes& x, std::int32_t* out) noexcept
-    {
-        using anywhere = typename taskvec::detail::vector_of<std::uint64_t, sizeof(Lanes)>::anywhere;
-        *reinterpret_cast<anywhere*>(out) = x;
-    }
-    /// x becomes the product of its lanes' lower halves with those of y. (g++ 12 would multiply whole lanes.)
-    template <class Lanes>
-    static TASKVEC_INLINE void multiply_lower(Lanes& x, const Lanes& y) noexcept
-    {
-#if defined(__clang__)
-        x = (x & 0xffffffffu) * (y & 0xffffffffu);
-#else
-        if constexpr (sizeof(Lanes) == 16) { asm("pmuludq %1, %0" : "+x"(x) : "x"(y)); }
-        else {
-            asm("vpmuludq %1, %0, %0" : "+v"(x) : "v"(y));
-        }
-#endif
-    }
-#endif
-};
-
-TASKVEC_KERNELS_END
-
-} // namespace kernels
-
-/// out[i] = stream.word(4·first + i) − 2³¹ for i < 4·blocks: the same words on every processor. In halves, `half` words
-/// lie before those of odd elements. Cost: about a seventh of word() of each.
-///
-///     std::int32_t words[64];
-///     random_words<word_order::in_sequence>(random_stream(7, 0, "layer.weight"), 0, 16, words);
-template <word_order order>
-void random_words(
-    const random_stream& stream, std::uint64_t first, std::size_t blocks, std::int32_t* out, std::size_t half = 0)
-{
-    kernels::run_widest(kernels::random_words_kernel<order>{stream, first, blocks, out, half});
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP
-
 // ---- taskvec/methods/entries.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_ENTRIES_HPP)
 #define TASKVEC_SINGLE_METHODS_ENTRIES_HPP
@@ -8202,6 +7856,381 @@ TASKVEC_KERNELS_END
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_ENTRIES_HPP
+
+// ---- taskvec/methods/walk.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_WALK_HPP)
+#define TASKVEC_SINGLE_METHODS_WALK_HPP
+// The walk that merges on the CPU: chunks on threads, blocks in kernels, results past the cache.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/random_words.hpp
+#if !defined(TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP)
+#define TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP
+// Random words of many elements at once: what random_stream gives one by one, in vectors.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/random.hpp
+#if !defined(TASKVEC_SINGLE_CORE_RANDOM_HPP)
+#define TASKVEC_SINGLE_CORE_RANDOM_HPP
+// Counter-based random numbers: the same draw for an element wherever, and in whatever order, it is processed.
+// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/hash.hpp
+#if !defined(TASKVEC_SINGLE_CORE_HASH_HPP)
+#define TASKVEC_SINGLE_CORE_HASH_HPP
+// XXH64 (the xxHash specification by Yann Collet): the 64-bit hash behind fingerprints and random streams.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Streaming XXH64. The result depends on the bytes alone, not on how they were split into updates.
+///
+///     xxh64 hash;
+///     hash.update(data, size);
+///     std::uint64_t value = hash.digest();
+class xxh64 {
+public:
+    /// Begins a hash; the seed is XXH64's.
+    explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
+        : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
+        , seed_(seed)
+    { }
+
+    /// Goes on with `size` bytes.
+    void update(const void* data, std::size_t size) noexcept
+    {
+        const auto* bytes = static_cast<const unsigned char*>(data);
+        total_ += size;
+        if (size < 32 && held_ + size < 32) { // (the first half for compilers that take the sum for one that wraps)
+            if (size) { std::memcpy(buffer_ + held_, bytes, size); }
+            held_ += size;
+            return;
+        }
+        if (held_) {
+            const std::size_t missing = 32 - held_;
+            std::memcpy(buffer_ + held_, bytes, missing);
+            bytes += missing;
+            size -= missing;
+            stripe(buffer_);
+        }
+        for (; size >= 32; bytes += 32, size -= 32) { stripe(bytes); }
+        if (size) { std::memcpy(buffer_, bytes, size); }
+        held_ = size;
+    }
+    void update(std::string_view text) noexcept { update(text.data(), text.size()); }
+
+    /// The hash of all that was given so far, which may go on.
+    [[nodiscard]] std::uint64_t digest() const noexcept
+    {
+        std::uint64_t h;
+        if (total_ >= 32) {
+            h = std::rotl(lanes_[0], 1) + std::rotl(lanes_[1], 7) + std::rotl(lanes_[2], 12) + std::rotl(lanes_[3], 18);
+            for (const auto lane : lanes_) { h = (h ^ round(0, lane)) * p1 + p4; }
+        }
+        else {
+            h = seed_ + p5;
+        }
+        h += total_;
+        std::size_t at = 0;
+        for (; at + 8 <= held_; at += 8) {
+            h = std::rotl(h ^ round(0, read<std::uint64_t>(buffer_ + at)), 27) * p1 + p4;
+        }
+        if (at + 4 <= held_) {
+            h = std::rotl(h ^ (read<std::uint32_t>(buffer_ + at) * p1), 23) * p2 + p3;
+            at += 4;
+        }
+        for (; at < held_; ++at) { h = std::rotl(h ^ (buffer_[at] * p5), 11) * p1; }
+        h = (h ^ (h >> 33)) * p2;
+        h = (h ^ (h >> 29)) * p3;
+        return h ^ (h >> 32);
+    }
+
+private:
+    static_assert(std::endian::native == std::endian::little, "taskvec reads and writes little-endian files in place");
+    static constexpr std::uint64_t p1 = 0x9E3779B185EBCA87ull, p2 = 0xC2B2AE3D27D4EB4Full, p3 = 0x165667B19E3779F9ull,
+                                   p4 = 0x85EBCA77C2B2AE63ull, p5 = 0x27D4EB2F165667C5ull;
+    template <class Word>
+    static std::uint64_t read(const unsigned char* bytes) noexcept
+    {
+        Word word;
+        std::memcpy(&word, bytes, sizeof word);
+        return word;
+    }
+    static constexpr std::uint64_t round(std::uint64_t lane, std::uint64_t input) noexcept
+    {
+        return std::rotl(lane + input * p2, 31) * p1;
+    }
+    void stripe(const unsigned char* bytes) noexcept
+    {
+        for (std::size_t i = 0; i < 4; ++i) { lanes_[i] = round(lanes_[i], read<std::uint64_t>(bytes + 8 * i)); }
+    }
+
+    std::uint64_t lanes_[4];
+    std::uint64_t seed_;
+    std::uint64_t total_ = 0;
+    std::size_t held_ = 0;
+    unsigned char buffer_[32] = {};
+};
+
+/// XXH64 of a string.
+[[nodiscard]] inline std::uint64_t hash64(std::string_view text, std::uint64_t seed = 0) noexcept
+{
+    xxh64 hash(seed);
+    hash.update(text);
+    return hash.digest();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_HASH_HPP
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <numbers>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What Philox4x32-10 consists of.
+inline constexpr int philox_rounds = 10;
+/// What the first and the third word of a counter are multiplied by in each round.
+inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
+/// The key of the next round.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
+    std::array<std::uint32_t, 2> key) noexcept
+{
+    return {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+}
+/// One block of Philox4x32-10: four random words for a 128-bit counter and a 64-bit key.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32(
+    std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept
+{
+    for (int round = 0; round < philox_rounds; ++round) {
+        const std::uint64_t a = std::uint64_t{philox_multipliers[0]} * counter[0];
+        const std::uint64_t b = std::uint64_t{philox_multipliers[1]} * counter[2];
+        counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
+            static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
+        key = next_philox_key(key);
+    }
+    return counter;
+}
+
+/// The random numbers of one (seed, task, tensor name): element i's draw is a function of these and i alone.
+/// Key: XXH64 of the name seeded with `seed`. Counter: (i / 4, task, 0) as (low word, high word, task, 0); word i
+/// mod 4.
+///
+///     random_stream stream(seed, task, "layer.weight");
+///     bool keep = stream.word(i) < keep_below(density);
+class random_stream {
+public:
+    /// The numbers of (seed, task, tensor name).
+    random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
+        : random_stream(hash64(name, seed), task)
+    { }
+    /// The same by the key, the hash of name and seed.
+    TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
+        : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
+        , task_(task)
+    { }
+
+    /// The key of the first round.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
+    /// Which task's numbers they are.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
+    /// The four words of elements 4·block … 4·block + 3.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
+    {
+        return philox4x32(
+            {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), task_, 0u}, key_);
+    }
+    /// A uniform 32-bit word for element `index`.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t word(std::uint64_t index) const noexcept
+    {
+        return words(index / 4)[index % 4];
+    }
+    /// Uniform in [0, 1), a multiple of 2^-32.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr double uniform(std::uint64_t index) const noexcept
+    {
+        return word(index) * 0x1p-32;
+    }
+    /// Standard normal, by Box and Muller: elements 2j and 2j + 1 are pair j.
+    [[nodiscard]] std::array<double, 2> normal_pair(std::uint64_t pair) const noexcept
+    {
+        const auto four = words(pair);
+        const double u = static_cast<double>(((std::uint64_t{four[0]} << 32 | four[1]) >> 11) + 1) * 0x1p-53; // (0, 1]
+        const double v = static_cast<double>((std::uint64_t{four[2]} << 32 | four[3]) >> 11) * 0x1p-53; // [0, 1)
+        const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
+        return {radius * std::cos(angle), radius * std::sin(angle)};
+    }
+    /// Standard normal: a half of the element's pair.
+    [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
+
+private:
+    std::array<std::uint32_t, 2> key_;
+    std::uint32_t task_;
+};
+
+/// An element is kept with probability `density` when its word is below this: density·2^32, rounded.
+[[nodiscard]] inline std::uint64_t keep_below(double density) noexcept
+{
+    return static_cast<std::uint64_t>(std::llround(density * 0x1p32));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_RANDOM_HPP
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Where the words of consecutive elements go.
+enum class word_order : std::uint8_t {
+    in_sequence, ///< one behind the other
+    halves ///< those of even elements, and after `half` words those of odd ones: as stored_pack takes 16-bit types
+           ///< apart
+};
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The words of 4·blocks elements from 4·first on, less 2³¹. Philox is computed on one lane of 64 bits for each block,
+/// whose lower half holds a word of the counter.
+template <word_order order>
+struct random_words_kernel {
+    random_stream stream;
+    std::uint64_t first;
+    std::size_t blocks;
+    std::int32_t* words;
+    std::size_t half; ///< words before those of odd elements
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t block = 0;
+#if TASKVEC_VECTORS() && defined(__x86_64__)
+        if constexpr (bytes > 0) { block = vectors<bytes>(); }
+#endif
+        for (; block < blocks; ++block) {
+            const auto four = stream.words(first + block);
+            for (std::size_t j = 0; j < 4; ++j) {
+                const auto word = static_cast<std::int32_t>(four[j] ^ 0x80000000u);
+                if constexpr (order == word_order::in_sequence) { words[4 * block + j] = word; }
+                else {
+                    words[j % 2 * half + 2 * block + j / 2] = word;
+                }
+            }
+        }
+    }
+
+private:
+#if TASKVEC_VECTORS() && defined(__x86_64__)
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE std::size_t vectors() const
+    {
+        using lanes = typename taskvec::detail::vector_of<std::uint64_t, bytes>::type;
+        constexpr std::size_t width = sizeof(lanes) / sizeof(std::uint64_t);
+        constexpr std::uint64_t lower = 0xffffffffu, signs = 0x8000000080000000u;
+        lanes keys[2][philox_rounds], place{};
+        auto key = stream.key();
+        for (int round = 0; round < philox_rounds; ++round) {
+            keys[0][round] = lanes{} + key[0];
+            keys[1][round] = lanes{} + key[1];
+            key = next_philox_key(key);
+        }
+        for (std::size_t lane = 0; lane < width; ++lane) { place[lane] = first + lane; }
+        const lanes by_first = lanes{} + std::uint64_t{philox_multipliers[0]},
+                    by_second = lanes{} + std::uint64_t{philox_multipliers[1]};
+        std::size_t block = 0;
+        for (; block + width <= blocks; block += width) {
+            lanes c0 = place, c1 = place >> 32, c2 = lanes{} + std::uint64_t{stream.task()}, c3{};
+            TASKVEC_UNROLL(10)
+            for (int round = 0; round < philox_rounds; ++round) {
+                lanes a = c0, b = c2;
+                multiply_lower(a, by_first);
+                multiply_lower(b, by_second);
+                c0 = (b >> 32) ^ c1 ^ keys[0][round];
+                c1 = b;
+                c2 = (a >> 32) ^ c3 ^ keys[1][round];
+                c3 = a;
+            }
+            if constexpr (order == word_order::in_sequence) {
+                const lanes front = (((c0 & lower) | (c1 << 32)) ^ signs), back = (((c2 & lower) | (c3 << 32)) ^ signs);
+                std::int32_t* const out = words + 4 * block;
+                if constexpr (bytes == 64) {
+                    put(__builtin_shufflevector(front, back, 0, 8, 1, 9, 2, 10, 3, 11), out);
+                    put(__builtin_shufflevector(front, back, 4, 12, 5, 13, 6, 14, 7, 15), out + 16);
+                }
+                else if constexpr (bytes == 32) {
+                    put(__builtin_shufflevector(front, back, 0, 4, 1, 5), out);
+                    put(__builtin_shufflevector(front, back, 2, 6, 3, 7), out + 8);
+                }
+                else {
+                    put(__builtin_shufflevector(front, back, 0, 2), out);
+                    put(__builtin_shufflevector(front, back, 1, 3), out + 4);
+                }
+            }
+            else {
+                put(((c0 & lower) | (c2 << 32)) ^ signs, words + 2 * block);
+                put(((c1 & lower) | (c3 << 32)) ^ signs, words + half + 2 * block);
+            }
+            place = place + width;
+        }
+        return block;
+    }
+    template <class Lanes>
+    static TASKVEC_INLINE void put(const Lanes& x, std::int32_t* out) noexcept
+    {
+        using anywhere = typename taskvec::detail::vector_of<std::uint64_t, sizeof(Lanes)>::anywhere;
+        *reinterpret_cast<anywhere*>(out) = x;
+    }
+    /// x becomes the product of its lanes' lower halves with those of y. (g++ 12 would multiply whole lanes.)
+    template <class Lanes>
+    static TASKVEC_INLINE void multiply_lower(Lanes& x, const Lanes& y) noexcept
+    {
+#if defined(__clang__)
+        x = (x & 0xffffffffu) * (y & 0xffffffffu);
+#else
+        if constexpr (sizeof(Lanes) == 16) { asm("pmuludq %1, %0" : "+x"(x) : "x"(y)); }
+        else {
+            asm("vpmuludq %1, %0, %0" : "+v"(x) : "v"(y));
+        }
+#endif
+    }
+#endif
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+/// out[i] = stream.word(4·first + i) − 2³¹ for i < 4·blocks: the same words on every processor. In halves, `half` words
+/// lie before those of odd elements. Cost: about a seventh of word() of each.
+///
+///     std::int32_t words[64];
+///     random_words<word_order::in_sequence>(random_stream(7, 0, "layer.weight"), 0, 16, words);
+template <word_order order>
+void random_words(
+    const random_stream& stream, std::uint64_t first, std::size_t blocks, std::int32_t* out, std::size_t half = 0)
+{
+    kernels::run_widest(kernels::random_words_kernel<order>{stream, first, blocks, out, half});
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP
 
 // ---- taskvec/methods/passes.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_PASSES_HPP)
@@ -10238,9 +10267,48 @@ void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_r
     }
 }
 
+/// What a method's body is for numbers of f32, and what it is called with.
+template <class Options>
+using single_body =
+    std::remove_cvref_t<decltype(std::declval<const method<Options>&>().template body<float>(std::size_t{0}))>;
+using single_entries = kernels::entries<float, 0, 0, 0>;
+
+template <class Options>
+concept callable_body = requires(const single_body<Options>& body, single_entries& in) { body(in); };
+
+/// Whether a method's body, if it has one, is such as walks copy and call.
+template <class Options>
+consteval bool sound_body()
+{
+    if constexpr (!packed_method<Options>) { return true; }
+    else if constexpr (!std::is_trivially_copyable_v<single_body<Options>> || !callable_body<Options>) {
+        return false;
+    }
+    else {
+        using result = decltype(std::declval<const single_body<Options>&>()(std::declval<single_entries&>()));
+        return std::convertible_to<result, const typename single_entries::pack&>;
+    }
+}
+
+/// Says what is missing of a body, in a sentence.
+template <class Options>
+consteval void check_body()
+{
+    static_assert(std::is_trivially_copyable_v<single_body<Options>>,
+        "the body of a merge method is trivially copyable: numbers, and pointers to what passes.keep() returned");
+    if constexpr (std::is_trivially_copyable_v<single_body<Options>>) {
+        static_assert(callable_body<Options>,
+            "the body of a merge method has a call operator: template <class In> typename In::pack operator()(In& in) "
+            "const");
+        static_assert(!callable_body<Options> || sound_body<Options>(),
+            "the call operator of a merge method's body returns what becomes of the entries, a typename In::pack: "
+            "not a mask, a number or nothing");
+    }
+}
+
 /// merge() of aligned models that store the types of a storage_list.
 template <class Types, merge_method Options>
-merge_report merge_storing(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+merge_report merge_sound(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
 {
     using method_type = method<Options>;
     static_assert(check_method<Options>());
@@ -10273,6 +10341,17 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     report.walks = prepared.walks() + 1;
     report.beside = prepared.bytes_beside();
     return report;
+}
+
+/// The same, of a method whose body is sound.
+template <class Types, merge_method Options>
+merge_report merge_storing(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    if constexpr (sound_body<Options>()) { return merge_sound<Types>(policy, options, models, out); }
+    else {
+        check_body<Options>();
+        return {};
+    }
 }
 
 } // namespace detail

@@ -85,7 +85,36 @@ struct pack {
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
     typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
+
+    template <class T = void>
+    TASKVEC_HOST_DEVICE explicit operator bool() const
+    {
+        static_assert(detail::never<T>,
+            "a body must not branch on a pack: its entries may differ; choose with select(mask, yes, no) or "
+            "where(mask, x), where a mask is a comparison such as x != 0");
+        return false;
+    }
 };
+
+// Of masks !, && and || would be single answers.
+template <arithmetic_element A, int bytes>
+TASKVEC_HOST_DEVICE auto operator!(const pack_mask<A, bytes>& x)
+{
+    static_assert(detail::never<A>, "the opposite of a mask is ~mask: its entries may differ");
+    return x;
+}
+template <arithmetic_element A, int bytes>
+TASKVEC_HOST_DEVICE auto operator&&(const pack_mask<A, bytes>& x, const pack_mask<A, bytes>&)
+{
+    static_assert(detail::never<A>, "masks are joined with & and |, not with && and ||: their entries may differ");
+    return x;
+}
+template <arithmetic_element A, int bytes>
+TASKVEC_HOST_DEVICE auto operator||(const pack_mask<A, bytes>& x, const pack_mask<A, bytes>&)
+{
+    static_assert(detail::never<A>, "masks are joined with & and |, not with && and ||: their entries may differ");
+    return x;
+}
 
 TASKVEC_KERNELS_BEGIN
 

@@ -5,6 +5,7 @@
 #include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_range.hpp>
+#include <taskvec/methods/entries.hpp>
 #include <taskvec/methods/walk.hpp>
 #include <taskvec/methods/wrong_call.hpp>
 #include <taskvec/models/overflow_guard.hpp>
@@ -68,9 +69,48 @@ void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_r
     }
 }
 
+/// What a method's body is for numbers of f32, and what it is called with.
+template <class Options>
+using single_body =
+    std::remove_cvref_t<decltype(std::declval<const method<Options>&>().template body<float>(std::size_t{0}))>;
+using single_entries = kernels::entries<float, 0, 0, 0>;
+
+template <class Options>
+concept callable_body = requires(const single_body<Options>& body, single_entries& in) { body(in); };
+
+/// Whether a method's body, if it has one, is such as walks copy and call.
+template <class Options>
+consteval bool sound_body()
+{
+    if constexpr (!packed_method<Options>) { return true; }
+    else if constexpr (!std::is_trivially_copyable_v<single_body<Options>> || !callable_body<Options>) {
+        return false;
+    }
+    else {
+        using result = decltype(std::declval<const single_body<Options>&>()(std::declval<single_entries&>()));
+        return std::convertible_to<result, const typename single_entries::pack&>;
+    }
+}
+
+/// Says what is missing of a body, in a sentence.
+template <class Options>
+consteval void check_body()
+{
+    static_assert(std::is_trivially_copyable_v<single_body<Options>>,
+        "the body of a merge method is trivially copyable: numbers, and pointers to what passes.keep() returned");
+    if constexpr (std::is_trivially_copyable_v<single_body<Options>>) {
+        static_assert(callable_body<Options>,
+            "the body of a merge method has a call operator: template <class In> typename In::pack operator()(In& in) "
+            "const");
+        static_assert(!callable_body<Options> || sound_body<Options>(),
+            "the call operator of a merge method's body returns what becomes of the entries, a typename In::pack: "
+            "not a mask, a number or nothing");
+    }
+}
+
 /// merge() of aligned models that store the types of a storage_list.
 template <class Types, merge_method Options>
-merge_report merge_storing(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+merge_report merge_sound(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
 {
     using method_type = method<Options>;
     static_assert(check_method<Options>());
@@ -103,6 +143,17 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     report.walks = prepared.walks() + 1;
     report.beside = prepared.bytes_beside();
     return report;
+}
+
+/// The same, of a method whose body is sound.
+template <class Types, merge_method Options>
+merge_report merge_storing(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    if constexpr (sound_body<Options>()) { return merge_sound<Types>(policy, options, models, out); }
+    else {
+        check_body<Options>();
+        return {};
+    }
 }
 
 } // namespace detail

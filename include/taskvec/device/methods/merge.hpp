@@ -13,6 +13,7 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -43,6 +44,8 @@ merge_report merge_on_device(device_models& models, const Options& options)
     check_options(options);
     merge_report report;
     if constexpr (packed_method<Options>) {
+        static_assert(std::is_trivially_copyable_v<single_body<Options>>,
+            "the body of a merge method is trivially copyable: numbers, and pointers to what passes.keep() returned");
         device_passes passes(models);
         method<Options> prepared(passes, options);
         device_walk<Options> walk(passes, prepared);
