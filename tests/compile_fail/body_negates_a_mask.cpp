@@ -1,7 +1,7 @@
 // The opposite of a mask is a mask.
 // SPDX-License-Identifier: Apache-2.0
 // error: the opposite of a mask is ~mask
-// lines: 90
+// lines: 170
 #include <taskvec/methods/merge.hpp>
 
 #include <vector>

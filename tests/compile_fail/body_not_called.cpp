@@ -1,7 +1,7 @@
 // A body without a call operator.
 // SPDX-License-Identifier: Apache-2.0
 // error: the body of a merge method has a call operator
-// lines: 20
+// lines: 30
 #include <taskvec/methods/merge.hpp>
 
 #include <vector>

@@ -1,7 +1,7 @@
 // A body that walks cannot copy.
 // SPDX-License-Identifier: Apache-2.0
 // error: the body of a merge method is trivially copyable
-// lines: 20
+// lines: 30
 #include <taskvec/methods/merge.hpp>
 
 #include <vector>

@@ -1,7 +1,7 @@
 // A body that returns a mask.
 // SPDX-License-Identifier: Apache-2.0
 // error: the call operator of a merge method's body returns what becomes of the entries
-// lines: 20
+// lines: 30
 #include <taskvec/methods/merge.hpp>
 
 #include <vector>

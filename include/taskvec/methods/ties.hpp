@@ -6,6 +6,7 @@
 #include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sign.hpp>
+#include <taskvec/methods/keep/all.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
 #include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -192,6 +193,8 @@ template <class Label>
 /// keep_random, keep_all …); the election is that of `options`, whose densities are not looked at.
 template <class Keep>
 class sign_election_method : public elementwise_method {
+    static_assert(detail::check_keep<Keep>());
+
 public:
     static constexpr bool in_place = false;
     static constexpr std::size_t task_slots = 2;

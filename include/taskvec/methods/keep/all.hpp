@@ -12,6 +12,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -34,6 +36,30 @@ struct keep_all {
     {
         return *this;
     }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
 };
+
+namespace detail {
+
+/// Says what is missing of a keep rule, in a sentence.
+template <class Keep>
+consteval bool check_keep()
+{
+    constexpr bool chosen = requires(const Keep& keep, std::size_t tensor) { keep.template get<float>(tensor); };
+    static_assert(chosen,
+        "a keep rule has the rule of each tensor: template <arithmetic_element A> auto get(std::size_t tensor) const");
+    if constexpr (chosen) {
+        using rule = std::remove_cvref_t<decltype(std::declval<const Keep&>().template get<float>(std::size_t{0}))>;
+        static_assert(
+            requires { static_cast<bool>(rule::sees_all); },
+            "the keep rule of a tensor says whether it never drops NaN and infinity: static constexpr bool sees_all");
+    }
+    static_assert(
+        requires(const Keep& keep) { static_cast<unsigned>(keep.walks()); },
+        "a keep rule says how often it read the models: unsigned walks() const");
+    return true;
+}
+
+} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
