@@ -4,6 +4,7 @@
 
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/core/byte_buffer.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/models/operand_source.hpp>
 
@@ -205,5 +206,10 @@ void fuse(const Policy& policy, view<const S, memory_space::host> weight,
     for (const auto& [update, factor] : updates) { changes.add(base, "weight", update, factor); }
     fuse(policy, base, changes, result, how);
 }
+
+TASKVEC_WRONG_CALLS(cpu, fuse, any_arguments,
+    "fuse(policy, base, changes, output), where changes are a lora_adapter or an adapted_model, and output a model or "
+    "a "
+    "sink")
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -21,6 +21,7 @@
 #include <iterator>
 #include <ranges>
 #include <type_traits>
+#include <utility>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 
@@ -36,7 +37,8 @@ consteval view_flaw flaw_of()
         return view_of<const bare>::space == Space ? view_flaw::none : view_flaw::space;
     }
     else if constexpr (requires(bare& x) { *std::data(x), std::size(x); }) {
-        return view_flaw::elements;
+        using element = std::remove_cvref_t<decltype(*std::data(std::declval<bare&>()))>;
+        return storable<element> ? view_flaw::no_view : view_flaw::elements; // such as a matrix
     }
     else {
         return view_flaw::no_view;

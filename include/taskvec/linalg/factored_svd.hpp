@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/linalg.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/fwd.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/svd.hpp>
@@ -381,6 +382,16 @@ auto compress_sum(const P&, const X&, const rank_choice&)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
         "compress_sum() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+
+// Wrong calls, one sentence each; options in braces are of no type that could be asked for.
+TASKVEC_WRONG_CALLS(cpu, factored_svd, any_arguments, "factored_svd(policy, left, right, {.rank = 16})")
+template <detail::no_policy X, class Y>
+auto factored_svd(const X&, const Y&, const rank_choice&)
+{
+    static_assert(policy<X>,
+        "factored_svd(): the policy is missing before the matrix: factored_svd(policy, left, right, {.rank = 16})");
+    return detail::no_result{};
 }
 
 #if defined(TASKVEC_COMPILED)

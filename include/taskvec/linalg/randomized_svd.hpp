@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/linalg.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/fwd.hpp>
 #include <taskvec/linalg/svd.hpp>
 #include <taskvec/linalg/wrong_call.hpp>
@@ -204,6 +205,16 @@ auto randomized_svd(const P&, const X&, const randomized_svd_options&)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
         "randomized_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+
+// Wrong calls, one sentence each; options in braces are of no type that could be asked for.
+TASKVEC_WRONG_CALLS(cpu, randomized_svd, any_arguments, "randomized_svd(policy, matrix, {.rank = 16})")
+template <detail::no_policy X>
+auto randomized_svd(const X&, const randomized_svd_options&)
+{
+    static_assert(policy<X>,
+        "randomized_svd(): the policy is missing before the matrix: randomized_svd(policy, matrix, {.rank = 16})");
+    return detail::no_result{};
 }
 
 #if defined(TASKVEC_COMPILED)

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <taskvec/compiled/linalg.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/linalg/leading_svd.hpp>
 #include <taskvec/linalg/svd.hpp>
 #include <taskvec/linalg/wrong_call.hpp>
@@ -200,6 +201,16 @@ struct decompose_exactly {
         return detail::few_triples<T>(policy, a, choice, name, detail::factor_place::scratch);
     }
 };
+
+// Wrong calls, one sentence each; options in braces are of no type that could be asked for.
+TASKVEC_WRONG_CALLS(cpu, truncated_svd, any_arguments, "truncated_svd(policy, matrix, {.rank = 16})")
+template <detail::no_policy X>
+auto truncated_svd(const X&, const rank_choice&)
+{
+    static_assert(policy<X>,
+        "truncated_svd(): the policy is missing before the matrix: truncated_svd(policy, matrix, {.rank = 16})");
+    return detail::no_result{};
+}
 
 #if defined(TASKVEC_COMPILED)
 TASKVEC_COMPILED_LEADING_SVD(extern)

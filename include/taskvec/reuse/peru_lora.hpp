@@ -6,6 +6,7 @@
 #include <taskvec/adapters/adapter.hpp>
 #include <taskvec/compiled/adapters.hpp>
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/core/wrong_call.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -90,6 +91,9 @@ auto peru_lora(const P&, const X&, const peru_lora_options&)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
         "peru_lora() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
+
+TASKVEC_WRONG_CALLS(
+    cpu, peru_lora, any_arguments, "peru_lora(policy, adapter, {.rank = {.rank = 8}}) of one lora_adapter")
 
 #if defined(TASKVEC_COMPILED)
 TASKVEC_COMPILED_PERU_LORA(extern, float)
