@@ -82,7 +82,19 @@ END {
                 if (line[end] ~ /^{/) { end = upto(end, "^}") }
                 leave_out(i, end)
                 i = end
+            } else if (line[end] ~ /^{/) { # what only explains has a body that says so
+                last = upto(end, "^}")
+                text = ""
+                for (k = end; k <= last; ++k) { text = text line[k] }
+                if (text ~ /detail::no_result|::explain<|detail::never</) {
+                    leave_out(i, last)
+                    i = last
+                }
             }
+        } else if (line[i] ~ /^TASKVEC_(WRONG_CALLS|CALLS_NEED_HEADER)\(/) {
+            end = upto(i, "\\)$")
+            leave_out(i, end)
+            i = end
         } else if (line[i] ~ /^(struct|class|enum class) [a-z_0-9]+( : [a-z_:0-9]+)?;$/) { # declared, not defined
             leave_out(beginning(i), i)
         } else if (line[i] ~ /&& *[a-z]*\)? = delete;/) {
