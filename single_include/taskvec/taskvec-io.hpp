@@ -12127,7 +12127,7 @@ private:
 }
 
 namespace detail {
-/// "exclude the whole layer (--exclude '^l\.(weight|weight_scale)$')", by the layer's name and those of its tensors.
+/// "exclude the whole layer (the tool: --exclude '^l\.(weight|weight_scale)$')", by the layer's name and those of its tensors.
 [[nodiscard]] inline std::string way_to_exclude(const std::string& name, std::vector<std::string> parts)
 {
     const auto stem = layer_stem(name);

@@ -791,7 +791,7 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
         const auto& parts = found.parts;
         { // what the message gives as the way to exclude the layer is that, and leaves all else
             const auto text = refused({});
-            const std::string option = "(--exclude '";
+            const std::string option = "(the tool: --exclude '";
             const auto first = text.find(option) + option.size(), last = text.find("')", first);
             REQUIRE(first > option.size());
             const name_pattern pattern(text.substr(first, last - first));

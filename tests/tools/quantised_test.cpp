@@ -941,7 +941,7 @@ TEST_CASE("the way to exclude a layer that a message gives excludes it, and its 
             "merge", "--method", "average", "--task", "a.safetensors", "--task", "b.safetensors", "--out", "o"};
         const auto whole = run(folder, line);
         CHECK(refuses(whole, {"a.safetensors: layer '" + name + "' "}));
-        const std::string option = "(--exclude '";
+        const std::string option = "(the tool: --exclude '";
         const auto at = whole.err.find(option) + option.size(), last = whole.err.find("')", at);
         REQUIRE(at > option.size());
         CHECK(refuses(run(folder, with(line, {"--exclude", one.part})),
