@@ -28,15 +28,21 @@ def numbers(key, value, texts):
     return [("mean accuracy", statistics.fmean(common.accuracies(value).values()), True, texts["subset" if "/subset" in key else "test"])]
 
 
+def facts(settings, tasks):
+    """What the comparison needs of the tasks: how many texts there are to test on, and which they are."""
+    limits = {"test": settings["limits"]["test"], "subset": settings["subset_limits"]["test"]}
+    return {"texts": {kind: sum(min(limit, len(task["test"])) for task in tasks.values()) for kind, limit in limits.items()}, "digest": common.digest(tasks)}
+
+
 class Run:
     def __init__(self, work):
         self.settings, self.results = common.read_json(work / "settings.json"), common.read_json(work / "results.json")
         tasks = common.read_json(work / "tasks.json")
-        if not (self.settings and self.results and tasks):
+        if not (self.settings and self.results and (tasks or "tasks" in self.settings)):
             common.fail(f"nothing is measured in {work}: it lacks settings.json, tasks.json or results.json of scripts/reproduce")
-        limits = {"test": self.settings["limits"]["test"], "subset": self.settings["subset_limits"]["test"]}
-        texts = {kind: sum(min(limit, len(task["test"])) for task in tasks.values()) for kind, limit in limits.items()}
-        self.means, self.digest = {}, common.digest(tasks)
+        of_tasks = self.settings["tasks"] if tasks is None else facts(self.settings, tasks)  # published results have no texts
+        texts = of_tasks["texts"]
+        self.means, self.digest = {}, of_tasks["digest"]
         for key, value in self.results.items():
             for what, number, accuracy, count in numbers(key, value, texts):
                 row = re.sub(r"^seed\d+/", "", key) + (f": {what}" if what else "")
@@ -77,7 +83,7 @@ def main():
     if mine.settings.get("model") != other.settings.get("model"):
         common.fail(f"{given.work} and {given.other} are of different models: {mine.settings.get('encoder')} and {other.settings.get('encoder')}")
     different = sorted(key for key in mine.settings.keys() | other.settings.keys()
-                       if key not in settings.FREE and mine.settings.get(key) != other.settings.get(key))
+                       if key != "tasks" and key not in settings.FREE and mine.settings.get(key) != other.settings.get(key))
     if different:
         common.fail(f"{given.work} and {given.other} are of different settings ({', '.join(different)}): no comparison says anything")
     agree, same, differ, lacking = compare(mine, other)
