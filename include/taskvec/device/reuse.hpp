@@ -185,6 +185,7 @@ template <device_merge_method Options, input_of<gpu> Base, tasks_of<gpu> Tasks, 
     return deltas;
 }
 
+#if !defined(__CUDACC__)
 // What calls say that are none of those above. Options in braces have no type of their own.
 TASKVEC_WRONG_CALLS(
     gpu, post_pruning, any_arguments, "post_pruning(policy, options, base, task), of device views or models")
@@ -218,5 +219,6 @@ auto peru_fft(const P&, const Options&, const post_pruning_options&, Arguments&&
 {
     return detail::gpu_peru_fft_of_any_arguments::explain<detail::call_flaw::constant, P>();
 }
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

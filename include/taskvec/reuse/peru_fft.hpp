@@ -70,6 +70,7 @@ std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method, con
 // What calls say that are none of those above.
 TASKVEC_WRONG_CALLS(
     cpu, peru_fft, any_arguments, "peru_fft(policy, options of a merge, post_pruning_options, base, tasks, output)")
+#if !defined(__CUDACC__)
 // Options in braces have no type of their own.
 template <cpu_policy P, class Options, class... Arguments>
     requires(!detail::cpu_peru_fft_of_any_arguments::take<const P&, const Options&, const post_pruning_options&,
@@ -92,6 +93,7 @@ auto peru_fft(const P&, const Options&, const post_pruning_options&, Arguments&&
 {
     return detail::cpu_peru_fft_of_any_arguments::explain<detail::call_flaw::constant, P>();
 }
+#endif
 
 // On taskvec::gpu this lives in a header of its own.
 TASKVEC_CALLS_NEED_HEADER(peru_fft, reuse, "taskvec/device/reuse.hpp")

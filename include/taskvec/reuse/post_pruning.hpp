@@ -172,6 +172,7 @@ template <input_of<cpu> Base, input_of<cpu> Task>
 // What calls say that are none of those above.
 TASKVEC_WRONG_CALLS(cpu, post_pruning, any_arguments,
     "post_pruning(policy, options, base, task), of flat views or models; or (policy, options, aligned models, sink)")
+#if !defined(__CUDACC__)
 // Options in braces have no type of their own.
 template <cpu_policy P, class... Arguments>
     requires(!detail::cpu_post_pruning_of_any_arguments::take<const P&, const post_pruning_options&, Arguments&...>)
@@ -180,6 +181,7 @@ auto post_pruning(const P&, const post_pruning_options&, const Arguments&...)
     using calls = detail::cpu_post_pruning_of_any_arguments;
     return calls::explain<detail::flaw_of_call<calls, P, post_pruning_options, Arguments...>(), P>();
 }
+#endif
 
 // On taskvec::gpu this lives in a header of its own.
 TASKVEC_CALLS_NEED_HEADER(post_pruning, reuse, "taskvec/device/reuse.hpp")
