@@ -37,15 +37,19 @@ tool::merge_request merge_part(const tool::merge_request& request)
 /// A model that a directory already holds would be opened in place of merged.safetensors.
 void check_no_other_model(const tool::fs::path& out)
 {
+    const auto refuse = [&](const std::string& name) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
+            tool::in_quotes(out) + " holds " + tool::printable(name)
+                + ", which would be opened in place of merged.safetensors: remove it, or name another directory");
+    };
     std::error_code ignored;
     for (const std::string_view stem : taskvec::model_stems) {
-        const std::string name(stem);
-        if (tool::fs::exists(out / (name + ".safetensors"), ignored)) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
-                tool::in_quotes(out) + " holds " + name
-                    + ".safetensors, which would be opened in place of merged.safetensors: remove it, or name another "
-                      "directory");
-        }
+        const auto name = std::string(stem) + ".safetensors";
+        if (tool::fs::exists(out / name, ignored)) { refuse(name); }
+    }
+    for (const auto& entry : tool::fs::directory_iterator(out, ignored)) {
+        const auto name = entry.path().filename().string();
+        if (taskvec::is_index_name(name)) { refuse(name); }
     }
 }
 

@@ -261,6 +261,16 @@ TEST_CASE("peru-fft does not go beside a model that would be opened in its place
     CHECK(has(done.err, "'out' holds model.safetensors, which would be opened in place of merged.safetensors"));
     CHECK(slurp(m.folder / "out/model.safetensors") == before);
     CHECK_FALSE(std::filesystem::exists(m.folder / "out/merged.safetensors"));
+
+    for (const std::string index : {"model.safetensors.index.json", "other.safetensors.index.json"}) {
+        std::filesystem::create_directories(m.folder / index);
+        spill(m.folder / index / index, "{}");
+        const auto beside =
+            run(m.folder, {"peru-fft", "--method", "average", "--base", "base", "--task", "math", "--out", index});
+        CHECK(beside.code == 1);
+        CHECK(has(beside.err, "holds " + index + ", which would be opened in place of merged.safetensors"));
+        CHECK_FALSE(std::filesystem::exists(m.folder / index / "merged.safetensors"));
+    }
 }
 
 TEST_CASE("a model of diffusers comes out under diffusers' names")
