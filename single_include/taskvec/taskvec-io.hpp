@@ -14722,6 +14722,7 @@ peft_writer::peft_writer(
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -14903,6 +14904,30 @@ template <class T>
         : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
                                      : extents{entry.shape[0], rest};
     return read_factor<T>(file, flat);
+}
+
+/// The number that a tensor of one entry holds, of a storage type or a whole one: some writers store α as I64. Nothing
+/// where it holds more or fewer. Throws dtype_mismatch for a dtype of neither kind.
+[[nodiscard]] inline std::optional<double> read_number(const safetensors_file& file, const safetensors_entry& entry)
+{
+    if (std::any_of(entry.shape.begin(), entry.shape.end(), [](auto side) { return side != 1; })) {
+        return std::nullopt;
+    }
+    const auto as = [&]<class N>(N value) {
+        std::memcpy(&value, file.tensor(entry).data, sizeof value);
+        return static_cast<double>(value);
+    };
+    switch (entry.dtype) {
+    case dtype::i8: return as(std::int8_t{});
+    case dtype::u8: return as(std::uint8_t{});
+    case dtype::i16: return as(std::int16_t{});
+    case dtype::u16: return as(std::uint16_t{});
+    case dtype::i32: return as(std::int32_t{});
+    case dtype::u32: return as(std::uint32_t{});
+    case dtype::i64: return as(std::int64_t{});
+    case dtype::u64: return as(std::uint64_t{});
+    default: return read_flat_factor<double>(file, entry).data()[0];
+    }
 }
 
 } // namespace detail
@@ -16626,12 +16651,12 @@ private:
     {
         const auto* const entry = parts.get(role::alpha);
         if (!entry) { return std::nullopt; }
-        const auto value = read_flat_factor<double>(file_, *entry);
-        if (value.size() != 1 || !std::isfinite(value.data()[0])) {
+        const auto value = read_number(file_, *entry);
+        if (!value || !std::isfinite(*value)) {
             refuse_(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
                 " is no finite number");
         }
-        return value.data()[0];
+        return value;
     }
     /// The scaling of a module with factors of this rank (0: of none), and counts what notes say of it.
     [[nodiscard]] double scaling_of(const module_settings& said, std::size_t rank, const std::optional<double>& alpha)

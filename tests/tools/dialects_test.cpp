@@ -193,6 +193,41 @@ TEST_CASE("diffusers and MLX hold DoRA, by PEFT's name and as MODULE.m")
     }
 }
 
+TEST_CASE("an alpha may be stored as a whole number")
+{
+    const scratch folder;
+    const auto up = scaled(random_tensor({4, 2}, 1), 1e-3f), down = random_tensor({2, 6}, 2);
+    const values_model base{{"w.weight", random_tensor({4, 6}, 3)}};
+    write_values(folder / "base.safetensors", base);
+    const auto fuse = [&]<class N>(taskvec::dtype type, const taskvec::extents& shape, N alpha) {
+        const N stored[2] = {alpha, alpha};
+        taskvec::write_safetensors(folder / "a.safetensors",
+            {{"lora_unet_w.lora_up.weight", {up.values.data(), taskvec::dtype::f32, up.shape}},
+                {"lora_unet_w.lora_down.weight", {down.values.data(), taskvec::dtype::f32, down.shape}},
+                {"lora_unet_w.alpha", {stored, type, shape}}});
+        return std::vector<std::string>{
+            "fuse", "--base", "base.safetensors", "--adapter", "a.safetensors", "--out", "out.safetensors"};
+    };
+    const auto scaled_by = [&](double scaling, const std::vector<std::string>& arguments) {
+        must_run(folder, arguments);
+        check_changed(read_values(folder / "out.safetensors").at("w.weight"), base.at("w.weight"), [&](std::size_t i) {
+            const std::size_t row = i / 6, column = i % 6;
+            return scaling * (entry(up, row, 0) * entry(down, 0, column) + entry(up, row, 1) * entry(down, 1, column));
+        });
+    };
+    using taskvec::dtype;
+    scaled_by(1.5, fuse(dtype::i8, {}, std::int8_t{3}));
+    scaled_by(100, fuse(dtype::u8, {1}, std::uint8_t{200}));
+    scaled_by(-1.5, fuse(dtype::i16, {1, 1}, std::int16_t{-3}));
+    scaled_by(20000, fuse(dtype::u16, {}, std::uint16_t{40000}));
+    scaled_by(-0.5, fuse(dtype::i32, {}, std::int32_t{-1}));
+    scaled_by(1.5, fuse(dtype::u32, {}, std::uint32_t{3}));
+    scaled_by(8, fuse(dtype::i64, {}, std::int64_t{16}));
+    scaled_by(8, fuse(dtype::u64, {1}, std::uint64_t{16}));
+    refused(folder, fuse(dtype::i64, {2}, std::int64_t{16}), 1, "no finite number");
+    refused(folder, fuse(dtype::boolean, {}, std::uint8_t{1}), 1, "BOOL");
+}
+
 TEST_CASE("factors of a convolution are refused on another kernel with as many entries")
 {
     const scratch folder;

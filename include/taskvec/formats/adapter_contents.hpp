@@ -12,6 +12,7 @@
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -193,6 +194,30 @@ template <class T>
         : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
                                      : extents{entry.shape[0], rest};
     return read_factor<T>(file, flat);
+}
+
+/// The number that a tensor of one entry holds, of a storage type or a whole one: some writers store α as I64. Nothing
+/// where it holds more or fewer. Throws dtype_mismatch for a dtype of neither kind.
+[[nodiscard]] inline std::optional<double> read_number(const safetensors_file& file, const safetensors_entry& entry)
+{
+    if (std::any_of(entry.shape.begin(), entry.shape.end(), [](auto side) { return side != 1; })) {
+        return std::nullopt;
+    }
+    const auto as = [&]<class N>(N value) {
+        std::memcpy(&value, file.tensor(entry).data, sizeof value);
+        return static_cast<double>(value);
+    };
+    switch (entry.dtype) {
+    case dtype::i8: return as(std::int8_t{});
+    case dtype::u8: return as(std::uint8_t{});
+    case dtype::i16: return as(std::int16_t{});
+    case dtype::u16: return as(std::uint16_t{});
+    case dtype::i32: return as(std::int32_t{});
+    case dtype::u32: return as(std::uint32_t{});
+    case dtype::i64: return as(std::int64_t{});
+    case dtype::u64: return as(std::uint64_t{});
+    default: return read_flat_factor<double>(file, entry).data()[0];
+    }
 }
 
 } // namespace detail

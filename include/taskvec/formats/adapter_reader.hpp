@@ -198,12 +198,12 @@ private:
     {
         const auto* const entry = parts.get(role::alpha);
         if (!entry) { return std::nullopt; }
-        const auto value = read_flat_factor<double>(file_, *entry);
-        if (value.size() != 1 || !std::isfinite(value.data()[0])) {
+        const auto value = read_number(file_, *entry);
+        if (!value || !std::isfinite(*value)) {
             refuse_(error_code::adapter_tensors, "tensor '", entry->name, "' of shape ", to_string(entry->shape),
                 " is no finite number");
         }
-        return value.data()[0];
+        return value;
     }
     /// The scaling of a module with factors of this rank (0: of none), and counts what notes say of it.
     [[nodiscard]] double scaling_of(const module_settings& said, std::size_t rank, const std::optional<double>& alpha)
