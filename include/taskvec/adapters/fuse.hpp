@@ -208,8 +208,7 @@ void fuse(const Policy& policy, view<const S, memory_space::host> weight,
 }
 
 TASKVEC_WRONG_CALLS(cpu, fuse, any_arguments,
-    "fuse(policy, base, changes, output), where changes are a lora_adapter or an adapted_model, and output a model or "
-    "a "
-    "sink")
+    "fuse(policy, base, changes, output), where changes are a lora_adapter or an adapted_model, and output a model "
+    "or a sink")
 
 } // namespace taskvec::inline TASKVEC_ABI
