@@ -4526,7 +4526,12 @@ inline int make_directory(const std::filesystem::path& path, bool = true) noexce
 }
 inline int rename(const std::filesystem::path& from, const std::filesystem::path& to) noexcept
 {
-    return ::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : fail();
+    if (::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH)) { return 0; }
+    const int failed = fail();
+    const DWORD there = ::GetFileAttributesW(to.c_str());
+    const bool directory = there != INVALID_FILE_ATTRIBUTES && (there & FILE_ATTRIBUTE_DIRECTORY) != 0;
+    if (errno == EACCES && directory) { errno = EEXIST; } // as POSIX says that a directory is in the way
+    return failed;
 }
 inline int link(const std::filesystem::path& from, const std::filesystem::path& to) noexcept
 {
