@@ -93,9 +93,9 @@ inline std::vector<double> karcher(const vectors& x, std::vector<double> weights
             const auto away = combined({units[t], mean}, {1, -cosine});
             tangent = combined({tangent, away}, {1, shares[t] * angle / std::sin(angle)});
         }
-        const double far = length(tangent);
-        if (far < 1e-13) { break; }
-        mean = combined({mean, tangent}, {std::cos(far), std::sin(far) / far});
+        const double angle = length(tangent);
+        if (angle < 1e-13) { break; }
+        mean = combined({mean, tangent}, {std::cos(angle), std::sin(angle) / angle});
         mean = times(mean, 1 / length(mean));
     }
     return times(mean, mean_length);
