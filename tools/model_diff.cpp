@@ -76,19 +76,9 @@ using whole_reader = whole_number (*)(const std::byte*, std::size_t);
 /// How integers and truths of a dtype are read; null for any other dtype.
 whole_reader whole_reader_of(taskvec::dtype type)
 {
-    using taskvec::dtype;
-    switch (type) {
-    case dtype::boolean:
-    case dtype::u8: return whole_at<std::uint8_t>;
-    case dtype::i8: return whole_at<std::int8_t>;
-    case dtype::i16: return whole_at<std::int16_t>;
-    case dtype::u16: return whole_at<std::uint16_t>;
-    case dtype::i32: return whole_at<std::int32_t>;
-    case dtype::u32: return whole_at<std::uint32_t>;
-    case dtype::i64: return whole_at<std::int64_t>;
-    case dtype::u64: return whole_at<std::uint64_t>;
-    default: return nullptr;
-    }
+    whole_reader found = type == taskvec::dtype::boolean ? whole_at<std::uint8_t> : nullptr;
+    taskvec::visit_integer(type, [&]<class N>(std::type_identity<N>) { found = whole_at<N>; });
+    return found;
 }
 
 /// |y − x|: the difference is exact, and rounded once.

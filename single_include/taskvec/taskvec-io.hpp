@@ -816,6 +816,7 @@ template <class Error, class... Arguments>
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -903,6 +904,25 @@ inline constexpr dtype_row dtype_table[] = {
 [[nodiscard]] constexpr bool is_fp8(dtype type) noexcept
 {
     return type == dtype::f8_e4m3 || type == dtype::f8_e5m2;
+}
+
+/// Calls visit(std::type_identity<N>{}) with the type of a dtype of whole numbers, and says whether it is one.
+///
+///     taskvec::visit_integer(type, [&]<class N>(std::type_identity<N>) { largest = std::numeric_limits<N>::max(); });
+template <class Visit>
+constexpr bool visit_integer(dtype type, Visit&& visit)
+{
+    switch (type) {
+    case dtype::i8: visit(std::type_identity<std::int8_t>{}); return true;
+    case dtype::u8: visit(std::type_identity<std::uint8_t>{}); return true;
+    case dtype::i16: visit(std::type_identity<std::int16_t>{}); return true;
+    case dtype::u16: visit(std::type_identity<std::uint16_t>{}); return true;
+    case dtype::i32: visit(std::type_identity<std::int32_t>{}); return true;
+    case dtype::u32: visit(std::type_identity<std::uint32_t>{}); return true;
+    case dtype::i64: visit(std::type_identity<std::int64_t>{}); return true;
+    case dtype::u64: visit(std::type_identity<std::uint64_t>{}); return true;
+    default: return false;
+    }
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -14734,6 +14754,7 @@ peft_writer::peft_writer(
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -14918,21 +14939,13 @@ template <class T>
     if (std::any_of(entry.shape.begin(), entry.shape.end(), [](auto side) { return side != 1; })) {
         return std::nullopt;
     }
-    const auto as = [&]<class N>(N value) {
-        std::memcpy(&value, file.tensor(entry).data, sizeof value);
-        return static_cast<double>(value);
-    };
-    switch (entry.dtype) {
-    case dtype::i8: return as(std::int8_t{});
-    case dtype::u8: return as(std::uint8_t{});
-    case dtype::i16: return as(std::int16_t{});
-    case dtype::u16: return as(std::uint16_t{});
-    case dtype::i32: return as(std::int32_t{});
-    case dtype::u32: return as(std::uint32_t{});
-    case dtype::i64: return as(std::int64_t{});
-    case dtype::u64: return as(std::uint64_t{});
-    default: return read_flat_factor<double>(file, entry).data()[0];
-    }
+    std::optional<double> value;
+    const bool whole = visit_integer(entry.dtype, [&]<class N>(std::type_identity<N>) {
+        N stored;
+        std::memcpy(&stored, file.tensor(entry).data, sizeof stored);
+        value = static_cast<double>(stored);
+    });
+    return whole ? value : read_flat_factor<double>(file, entry).data()[0];
 }
 
 } // namespace detail

@@ -831,6 +831,7 @@ template <class Error, class... Arguments>
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -918,6 +919,25 @@ inline constexpr dtype_row dtype_table[] = {
 [[nodiscard]] constexpr bool is_fp8(dtype type) noexcept
 {
     return type == dtype::f8_e4m3 || type == dtype::f8_e5m2;
+}
+
+/// Calls visit(std::type_identity<N>{}) with the type of a dtype of whole numbers, and says whether it is one.
+///
+///     taskvec::visit_integer(type, [&]<class N>(std::type_identity<N>) { largest = std::numeric_limits<N>::max(); });
+template <class Visit>
+constexpr bool visit_integer(dtype type, Visit&& visit)
+{
+    switch (type) {
+    case dtype::i8: visit(std::type_identity<std::int8_t>{}); return true;
+    case dtype::u8: visit(std::type_identity<std::uint8_t>{}); return true;
+    case dtype::i16: visit(std::type_identity<std::int16_t>{}); return true;
+    case dtype::u16: visit(std::type_identity<std::uint16_t>{}); return true;
+    case dtype::i32: visit(std::type_identity<std::int32_t>{}); return true;
+    case dtype::u32: visit(std::type_identity<std::uint32_t>{}); return true;
+    case dtype::i64: visit(std::type_identity<std::int64_t>{}); return true;
+    case dtype::u64: visit(std::type_identity<std::uint64_t>{}); return true;
+    default: return false;
+    }
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -19,6 +19,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -203,21 +204,13 @@ template <class T>
     if (std::any_of(entry.shape.begin(), entry.shape.end(), [](auto side) { return side != 1; })) {
         return std::nullopt;
     }
-    const auto as = [&]<class N>(N value) {
-        std::memcpy(&value, file.tensor(entry).data, sizeof value);
-        return static_cast<double>(value);
-    };
-    switch (entry.dtype) {
-    case dtype::i8: return as(std::int8_t{});
-    case dtype::u8: return as(std::uint8_t{});
-    case dtype::i16: return as(std::int16_t{});
-    case dtype::u16: return as(std::uint16_t{});
-    case dtype::i32: return as(std::int32_t{});
-    case dtype::u32: return as(std::uint32_t{});
-    case dtype::i64: return as(std::int64_t{});
-    case dtype::u64: return as(std::uint64_t{});
-    default: return read_flat_factor<double>(file, entry).data()[0];
-    }
+    std::optional<double> value;
+    const bool whole = visit_integer(entry.dtype, [&]<class N>(std::type_identity<N>) {
+        N stored;
+        std::memcpy(&stored, file.tensor(entry).data, sizeof stored);
+        value = static_cast<double>(stored);
+    });
+    return whole ? value : read_flat_factor<double>(file, entry).data()[0];
 }
 
 } // namespace detail
