@@ -275,8 +275,17 @@ class Bench:
         now = setting(tool, venv)
         self.results = json.loads(self.path.read_text()) if self.path.exists() else {"setting": now, "begun": str(datetime.date.today()), "load": 0.0, "sizes": {}}
         for key, value in now.items():
-            if self.results["setting"][key] != value:
-                fail(f"{self.path} was measured with another {'taskvec' if key == 'tool' else key}: remove it to begin anew, or name another folder by --work")
+            if self.results["setting"][key] != value and key != "tool":
+                fail(f"{self.path} was measured with another {key}: remove it to begin anew, or name another folder by --work")
+        if self.results["setting"]["tool"] != now["tool"]:
+            print("Another taskvec: ours is measured anew, what the peers and the copies took stays", flush=True)
+            self.results["setting"]["tool"] = now["tool"]
+            for size in self.results["sizes"].values():
+                for row in size["rows"].values():
+                    for state in (value for value in row.values() if isinstance(value, dict)):
+                        state.pop("ours", None)
+                        state.pop("ours-unsynced", None)
+            self.store()
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.environment.pop("LD_PRELOAD", None)
         self.shim = self.made_shim()
