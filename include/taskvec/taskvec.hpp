@@ -39,6 +39,7 @@
 #include <taskvec/core/overflow.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/core/parallel.hpp>
+#include <taskvec/core/parts.hpp>
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/random.hpp>
 #include <taskvec/core/random_words.hpp>

@@ -14343,6 +14343,66 @@ call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep)
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/parts.hpp
+#if !defined(TASKVEC_SINGLE_CORE_PARTS_HPP)
+#define TASKVEC_SINGLE_CORE_PARTS_HPP
+// Work in parts of unequal sizes: large ones on all threads, the others on a thread each.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Calls use(part, policy, at_once) for every part; part i has `bytes[i]`. Several parts at a time on a thread each,
+/// for one has little to do for many threads, and while one waits for its bytes others work; those that are large
+/// beside the others one by one, on all threads. `at_once`: how many there may be at that time, which share a budget.
+/// Progress is that of one walk over all parts: what a part tells of counts where it calls it `phase`. Of what use()
+/// throws, that of the first part; cancelled.
+template <class Use>
+void for_each_part(const cpu& policy, std::string_view phase, std::span<const std::uint64_t> bytes, const Use& use)
+{
+    const std::size_t workers = worker_count(policy, bytes.size());
+    std::uint64_t total = 0;
+    for (const std::uint64_t part : bytes) { total += part; }
+    const auto large = [&](std::size_t i) { return workers == 1 || bytes[i] > total / (8 * workers); };
+    progress_meter meter(policy, phase, total);
+    const auto done = [&](std::size_t i) {
+        if (!meter.advance(bytes[i])) { raise<cancelled>(error_code::cancelled); }
+    };
+    std::uint64_t before = 0; // bytes of the parts that come before one that is worked on by itself
+    cpu reporting; // a copy that tells of the place among all parts, where somebody is told
+    if (policy.progress) {
+        reporting = policy;
+        reporting.progress = [&](const progress_event& event) {
+            return policy.progress({phase, before + (event.phase == phase ? event.done : 0), total, event.unit});
+        };
+    }
+    const cpu& together = policy.progress ? reporting : policy;
+    const cpu alone = sequential(policy);
+    for (std::size_t i = 0, end = 0; i < bytes.size(); i = end) {
+        end = i + 1;
+        if (large(i)) {
+            use(i, together, std::size_t{1});
+            before += bytes[i];
+            done(i);
+            continue;
+        }
+        while (end < bytes.size() && !large(end)) { ++end; }
+        for_each_index(policy, end - i, [&](std::size_t index, std::size_t) {
+            use(i + index, alone, workers);
+            done(i + index);
+        });
+        for (std::size_t part = i; part < end; ++part) { before += bytes[part]; }
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_PARTS_HPP
+
 // ---- taskvec/select/top_k.hpp
 #if !defined(TASKVEC_SINGLE_SELECT_TOP_K_HPP)
 #define TASKVEC_SINGLE_SELECT_TOP_K_HPP
@@ -15264,48 +15324,17 @@ struct top_k_by_sampling {
         return found_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
     }
 
-    /// Calls f(tensor, search) for every tensor, with what searches that tensor: several tensors at a time on a thread
-    /// each, for one search has little to do for many; those that are large beside the others one by one, on all
-    /// threads. Of what f throws, that of the first tensor.
+    /// Calls f(tensor, search) for every tensor, with what searches that tensor: see for_each_part().
     template <class F>
     void for_each_tensor(const F& f) const
     {
-        const auto& tensors = models->tensors();
-        const std::size_t workers = worker_count(*policy, tensors.size());
-        const std::uint64_t total = bytes_of(*models, all_chunks(*models));
-        const auto large = [&](std::size_t i) {
-            return workers == 1 || tensors[i].size > models->elements() / (8 * workers);
-        };
-        progress_meter meter(*policy, "select", total);
-        std::uint64_t before = 0; // bytes of the tensors that come before one that is searched by itself
-        const auto searched = [&](std::size_t i) {
-            const std::uint64_t bytes = bytes_of(*models, {models->first_chunk(i), models->first_chunk(i + 1)});
-            if (!meter.advance(bytes)) { raise<cancelled>(error_code::cancelled); }
-            return bytes;
-        };
-        cpu reporting; // a copy that tells of the place among all tensors, where somebody is told
-        if (policy->progress) {
-            reporting = *policy;
-            reporting.progress = [&](const progress_event& event) {
-                return policy->progress({event.phase, before + event.done, total, event.unit});
-            };
+        call_vector<std::uint64_t> bytes;
+        for (std::size_t i = 0; i < models->tensors().size(); ++i) {
+            bytes.push_back(bytes_of(*models, {models->first_chunk(i), models->first_chunk(i + 1)}));
         }
-        const cpu& together = policy->progress ? reporting : *policy;
-        const cpu alone = sequential(*policy);
-        for (std::size_t i = 0, end = 0; i < tensors.size(); i = end) {
-            end = i + 1;
-            if (large(i)) {
-                f(i, top_k_by_sampling{&together, models});
-                before += searched(i);
-                continue;
-            }
-            while (end < tensors.size() && !large(end)) { ++end; }
-            for_each_index(*policy, end - i, [&](std::size_t index, std::size_t) {
-                f(i + index, top_k_by_sampling{&alone, models, workers});
-                (void)searched(i + index);
-            });
-            before += bytes_of(*models, {models->first_chunk(i), models->first_chunk(end)});
-        }
+        for_each_part(*policy, "select", bytes, [&](std::size_t i, const cpu& on, std::size_t together) {
+            f(i, top_k_by_sampling{&on, models, together});
+        });
     }
 };
 

@@ -5,7 +5,7 @@
 #include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
-#include <taskvec/core/parallel.hpp>
+#include <taskvec/core/parts.hpp>
 #include <taskvec/select/top_k.hpp>
 
 #include <algorithm>
@@ -61,48 +61,17 @@ struct top_k_by_sampling {
         return found_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
     }
 
-    /// Calls f(tensor, search) for every tensor, with what searches that tensor: several tensors at a time on a thread
-    /// each, for one search has little to do for many; those that are large beside the others one by one, on all
-    /// threads. Of what f throws, that of the first tensor.
+    /// Calls f(tensor, search) for every tensor, with what searches that tensor: see for_each_part().
     template <class F>
     void for_each_tensor(const F& f) const
     {
-        const auto& tensors = models->tensors();
-        const std::size_t workers = worker_count(*policy, tensors.size());
-        const std::uint64_t total = bytes_of(*models, all_chunks(*models));
-        const auto large = [&](std::size_t i) {
-            return workers == 1 || tensors[i].size > models->elements() / (8 * workers);
-        };
-        progress_meter meter(*policy, "select", total);
-        std::uint64_t before = 0; // bytes of the tensors that come before one that is searched by itself
-        const auto searched = [&](std::size_t i) {
-            const std::uint64_t bytes = bytes_of(*models, {models->first_chunk(i), models->first_chunk(i + 1)});
-            if (!meter.advance(bytes)) { raise<cancelled>(error_code::cancelled); }
-            return bytes;
-        };
-        cpu reporting; // a copy that tells of the place among all tensors, where somebody is told
-        if (policy->progress) {
-            reporting = *policy;
-            reporting.progress = [&](const progress_event& event) {
-                return policy->progress({event.phase, before + event.done, total, event.unit});
-            };
+        call_vector<std::uint64_t> bytes;
+        for (std::size_t i = 0; i < models->tensors().size(); ++i) {
+            bytes.push_back(bytes_of(*models, {models->first_chunk(i), models->first_chunk(i + 1)}));
         }
-        const cpu& together = policy->progress ? reporting : *policy;
-        const cpu alone = sequential(*policy);
-        for (std::size_t i = 0, end = 0; i < tensors.size(); i = end) {
-            end = i + 1;
-            if (large(i)) {
-                f(i, top_k_by_sampling{&together, models});
-                before += searched(i);
-                continue;
-            }
-            while (end < tensors.size() && !large(end)) { ++end; }
-            for_each_index(*policy, end - i, [&](std::size_t index, std::size_t) {
-                f(i + index, top_k_by_sampling{&alone, models, workers});
-                (void)searched(i + index);
-            });
-            before += bytes_of(*models, {models->first_chunk(i), models->first_chunk(end)});
-        }
+        for_each_part(*policy, "select", bytes, [&](std::size_t i, const cpu& on, std::size_t together) {
+            f(i, top_k_by_sampling{&on, models, together});
+        });
     }
 };
 
