@@ -19090,6 +19090,7 @@ inline void stream_fence() noexcept
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -19125,7 +19126,8 @@ struct model_options {
     std::size_t chunk = 65536; ///< elements handed to a thread at a time (rounded up to a multiple of 64)
     bool statistics = false; ///< collect counts and norms for a report, at some cost
     std::size_t memory = std::size_t{256}
-        << 20; ///< bytes of scratch that a pass may take; less means more reads of the inputs, never other bits
+        << 20; ///< bytes of scratch that a pass may take, and of inputs that a merge tensor by tensor works on at a
+               ///< time; less means more reads of the inputs, never other bits
 };
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.
@@ -19275,14 +19277,18 @@ public:
     }
 
     /// Some of the tensors that take part, by a list of their places in tensors(), ascending: the same outputs, and
-    /// nothing that is copied. Model-wide shares are then shares of these.
-    aligned_models(const aligned_models& other, std::span<const std::size_t> chosen)
-        : aligned_models(other)
+    /// nothing that is copied. Model-wide shares are then shares of these. `memory`: instead of that of the options,
+    /// where such parts share it; 0: all of it.
+    aligned_models(const aligned_models& other, std::span<const std::size_t> chosen, std::size_t memory = 0)
+        : options_(other.options_)
+        , space_(other.space_)
+        , outputs_(other.outputs_)
+        , filled_(other.filled_)
+        , task_count_(other.task_count_)
+        , has_base_(other.has_base_)
+        , computed_(other.computed_)
     {
-        tensors_.clear();
-        copied_.clear();
-        elements_ = 0;
-        any_wide_ = false;
+        if (memory > 0) { options_.memory = memory; }
         for (const std::size_t i : chosen) {
             auto& tensor = tensors_.emplace_back(other.tensors()[i]);
             tensor.position = elements_;
@@ -19312,7 +19318,7 @@ public:
     [[nodiscard]] bool computed() const noexcept { return computed_; }
 
     /// The tensors that the result holds, in name order.
-    [[nodiscard]] const std::vector<tensor_spec>& outputs() const& noexcept { return outputs_; }
+    [[nodiscard]] const std::vector<tensor_spec>& outputs() const& noexcept { return *outputs_; }
     void outputs() const&& = delete; // name the owner first: the reference would dangle
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const& noexcept { return tensors_; }
@@ -19404,10 +19410,10 @@ private:
         const bytes_equal& equal)
     {
         check_place(tensor, name, reference_label());
-        const std::size_t size = tensor.size(name), output = outputs_.size();
+        const std::size_t size = tensor.size(name), output = outputs_->size();
         const bool included = !options_.include || options_.include(name);
         if (!included) {
-            outputs_.push_back(
+            outputs_->push_back(
                 {name, tensor.source ? options_.output.value_or(tensor.dtype) : tensor.dtype, tensor.shape});
             copied_.push_back({name, output, tensor});
             return;
@@ -19450,7 +19456,7 @@ private:
         // What no task has stays as it is: a share of entries does not count it.
         const bool untouched = lacking == tasks.size() && options_.output.value_or(tensor.dtype) == tensor.dtype;
         if (!computes(tensor.dtype) || untouched) {
-            outputs_.push_back({name, tensor.dtype, tensor.shape});
+            outputs_->push_back({name, tensor.dtype, tensor.shape});
             copied_.push_back({name, output, tensor});
             return;
         }
@@ -19460,7 +19466,7 @@ private:
             raise<dtype_mismatch>(error_code::output_dtype,
                 message("a merge cannot be stored as ", to_string(aligned.output_dtype), ": choose ", storage_names()));
         }
-        outputs_.push_back({name, aligned.output_dtype, tensor.shape});
+        outputs_->push_back({name, aligned.output_dtype, tensor.shape});
         elements_ += size;
         any_wide_ = any_wide_ || aligned.wide;
         tensors_.push_back(std::move(aligned));
@@ -19496,7 +19502,8 @@ private:
 
     model_options options_;
     memory_space space_;
-    std::vector<tensor_spec> outputs_;
+    std::shared_ptr<std::vector<tensor_spec>> outputs_ =
+        std::make_shared<std::vector<tensor_spec>>(); // complete once constructed: copies and parts share it
     std::vector<aligned_tensor> tensors_;
     std::vector<copied_tensor> copied_;
     std::vector<std::size_t> first_chunk_;
