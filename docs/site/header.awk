@@ -113,7 +113,7 @@ END {
     # What needs no comment of its own.
     standard = "^(begin|end|size|empty|data|operator\\[\\]|operator=|operator==|operator!=|operator<=>|operator<|operator bool|operator\\*|operator->|operator\\+\\+|operator--|swap|get_deleter)$"
     standard_type = "^ *using (value_type|element_type|size_type|difference_type|iterator|const_iterator|pointer|reference|iterator_category|iterator_concept) ="
-    contract = "^(in_place|on_device|needs_base|task_slots|watches|reads_beside|clears_zeros|may_add_zeros|walks|bytes_beside|body|with_body|settle|again|beside|examine|pieces|weigh|row_numbers|scratch_rows|constant_until|write)$"
+    contract = "^(in_place|on_device|needs_base|task_slots|watches|reads_beside|may_add_zeros|walks|bytes_beside|body|with_body|settle|again|beside|examine|pieces|weigh|row_numbers|scratch_rows|constant_until|write)$"
     for (i = body_from; i <= lines; ++i) {
         if (line[i] ~ /^(struct|class) /) { scope = line[i]; sub(/^[a-z]+ /, "", scope); sub(/[ {:].*/, "", scope); type[1] = scope }
         else if (line[i] ~ /^    (struct|class) [a-z_]+ .*{/) { type[2] = line[i]; sub(/^ *[a-z]+ /, "", type[2]); sub(/[ {:].*/, "", type[2]) }

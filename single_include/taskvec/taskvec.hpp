@@ -13898,9 +13898,8 @@ adapter_result<T> merge_as_peft(const cpu& policy, std::type_identity_t<std::spa
 //
 // A keep rule has two halves. What is chosen and prepared for all tensors, `get<A>(tensor)`, gives the rule of one
 // tensor: a small value that bodies hold, whose call operator keeps a pack of entries of task t, changes them, or makes
-// zeros of them. `sees_all`: NaN and infinity are never dropped. `clears_zeros`: no entry stays −0.
-// constant_until(place, end) tells to where the rule is one and the same; rules that draw have stream(t) and drawing().
-// Methods take any rule: see ties.hpp and dare.hpp.
+// zeros of them. `sees_all`: NaN and infinity are never dropped. constant_until(place, end) tells to where the rule is
+// one and the same; rules that draw have stream(t) and drawing(). Methods take any rule: see ties.hpp and dare.hpp.
 
 
 #include <cstddef>
@@ -13914,7 +13913,6 @@ namespace taskvec::inline TASKVEC_ABI {
 struct keep_all {
     /// NaN and infinity are never dropped: a sum over what is kept shows them.
     static constexpr bool sees_all = true;
-    static constexpr bool clears_zeros = false;
 
     /// x.
     template <class In>
@@ -15535,7 +15533,6 @@ template <arithmetic_element A>
 struct keep_top_of_tensor {
     /// NaN and infinity are never dropped: their magnitudes are the largest.
     static constexpr bool sees_all = true;
-    static constexpr bool clears_zeros = true;
     /// A task's threshold as a pack compares with it: what is kept is above one of two words.
     struct bounds {
         signed_word<A> before = 0, after = 0; ///< for entries placed before equal_end, and for the others
@@ -23111,29 +23108,16 @@ struct kept_sum_body : Rule {
     }
 };
 
-/// θ0 + λ·(sum or weighted mean of what any rule keeps), prepared for every tensor: what sparse methods without an
-/// election are made of.
+/// θ0 + λ·(sum or weighted mean of what any rule keeps), prepared for every tensor: what task arithmetic and sparse
+/// methods without an election are made of.
 class kept_sum {
 public:
     /// From options with lambda, weights and normalize; `rescale`: what is kept of a task vector gets its L1 norm back
     /// (l1_factors). Errors: invalid_argument (lambda, weights).
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
-        : lambda_(options.lambda)
-        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
-        , stride_(rescale ? passes.tasks() : 0)
-    {
-        auto weights = task_weights(options.weights, passes.models());
-        if (rescale) {
-            call_vector<double> scaled;
-            for (const auto& factors : l1_factors(passes, keep)) {
-                for (std::size_t t = 0; t < factors.size(); ++t) { scaled.push_back(weights[t] * factors[t]); }
-            }
-            weights = std::move(scaled);
-        }
-        single_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
-        wide_ = passes.keep(std::move(weights));
-    }
+        : kept_sum(passes, options, keep, rescale, task_weights(options.weights, passes.models()))
+    { }
     template <arithmetic_element A, class Rule>
     [[nodiscard]] kept_sum_body<A, Rule> body(const Rule& rule, std::size_t tensor) const
     {
@@ -23148,6 +23132,23 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return stride_ ? 1u : 0u; }
 
 private:
+    template <class Passes, class Options, class Keep>
+    kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale, call_vector<double> weights)
+        : lambda_(options.lambda)
+        , divisor_(weights, options.normalize, passes.models())
+        , stride_(rescale ? passes.tasks() : 0)
+    {
+        if (rescale) {
+            call_vector<double> scaled;
+            for (const auto& factors : l1_factors(passes, keep)) {
+                for (std::size_t t = 0; t < factors.size(); ++t) { scaled.push_back(weights[t] * factors[t]); }
+            }
+            weights = std::move(scaled);
+        }
+        single_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
+        wide_ = passes.keep(std::move(weights));
+    }
+
     double lambda_;
     detail::weight_divisor divisor_;
     std::size_t stride_;
@@ -23177,7 +23178,6 @@ template <arithmetic_element A>
 struct keep_between_of_tensor {
     /// NaN and infinity are outliers, which are dropped.
     static constexpr bool sees_all = false;
-    static constexpr bool clears_zeros = true;
     keep_top_of_tensor<A> upper, outliers; ///< what is kept or above it, and what is above it
 
     /// x where it is kept, 0 where not.
@@ -24153,7 +24153,6 @@ template <arithmetic_element A>
 struct keep_random_of_tensor {
     static constexpr bool sees_all =
         false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
-    static constexpr bool clears_zeros = false;
     std::uint64_t key; ///< of random_stream
     const std::uint64_t* bounds; ///< of each task, at most 2³²: everything
     const A* divisors; ///< of each task
@@ -24434,7 +24433,6 @@ template <arithmetic_element A>
 struct keep_ranked_of_tensor {
     static constexpr bool sees_all =
         false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
-    static constexpr bool clears_zeros = false;
     static constexpr bool reads_beside = true;
 
     /// x divided by its own number where it is kept, 0 where not.
@@ -27514,20 +27512,16 @@ class method<task_arithmetic_options> : public elementwise_method {
 public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
-        : lambda_(options.lambda)
-        , weights_(passes, task_weights(options.weights, passes.models()))
-        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
+        : sum_(passes, options, keep_all{}, false)
     { }
     template <arithmetic_element A>
-    [[nodiscard]] kept_sum_body<A> body(std::size_t) const
+    [[nodiscard]] kept_sum_body<A> body(std::size_t tensor) const
     {
-        return {{}, weights_.get<A>(), static_cast<A>(lambda_), divisor_.get<A>()};
+        return sum_.body<A>(keep_all{}, tensor);
     }
 
 private:
-    double lambda_;
-    kept_numbers weights_;
-    detail::weight_divisor divisor_;
+    kept_sum sum_;
 };
 
 /// The analogy "a is to b as c is to …": θ0 + λ·(τc + τb − τa). Sums in that order.

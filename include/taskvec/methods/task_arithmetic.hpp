@@ -51,20 +51,16 @@ class method<task_arithmetic_options> : public elementwise_method {
 public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
-        : lambda_(options.lambda)
-        , weights_(passes, task_weights(options.weights, passes.models()))
-        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
+        : sum_(passes, options, keep_all{}, false)
     { }
     template <arithmetic_element A>
-    [[nodiscard]] kept_sum_body<A> body(std::size_t) const
+    [[nodiscard]] kept_sum_body<A> body(std::size_t tensor) const
     {
-        return {{}, weights_.get<A>(), static_cast<A>(lambda_), divisor_.get<A>()};
+        return sum_.body<A>(keep_all{}, tensor);
     }
 
 private:
-    double lambda_;
-    kept_numbers weights_;
-    detail::weight_divisor divisor_;
+    kept_sum sum_;
 };
 
 /// The analogy "a is to b as c is to …": θ0 + λ·(τc + τb − τa). Sums in that order.

@@ -38,29 +38,16 @@ struct kept_sum_body : Rule {
     }
 };
 
-/// θ0 + λ·(sum or weighted mean of what any rule keeps), prepared for every tensor: what sparse methods without an
-/// election are made of.
+/// θ0 + λ·(sum or weighted mean of what any rule keeps), prepared for every tensor: what task arithmetic and sparse
+/// methods without an election are made of.
 class kept_sum {
 public:
     /// From options with lambda, weights and normalize; `rescale`: what is kept of a task vector gets its L1 norm back
     /// (l1_factors). Errors: invalid_argument (lambda, weights).
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
-        : lambda_(options.lambda)
-        , divisor_(task_weights(options.weights, passes.models()), options.normalize, passes.models())
-        , stride_(rescale ? passes.tasks() : 0)
-    {
-        auto weights = task_weights(options.weights, passes.models());
-        if (rescale) {
-            call_vector<double> scaled;
-            for (const auto& factors : l1_factors(passes, keep)) {
-                for (std::size_t t = 0; t < factors.size(); ++t) { scaled.push_back(weights[t] * factors[t]); }
-            }
-            weights = std::move(scaled);
-        }
-        single_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
-        wide_ = passes.keep(std::move(weights));
-    }
+        : kept_sum(passes, options, keep, rescale, task_weights(options.weights, passes.models()))
+    { }
     template <arithmetic_element A, class Rule>
     [[nodiscard]] kept_sum_body<A, Rule> body(const Rule& rule, std::size_t tensor) const
     {
@@ -75,6 +62,23 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return stride_ ? 1u : 0u; }
 
 private:
+    template <class Passes, class Options, class Keep>
+    kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale, call_vector<double> weights)
+        : lambda_(options.lambda)
+        , divisor_(weights, options.normalize, passes.models())
+        , stride_(rescale ? passes.tasks() : 0)
+    {
+        if (rescale) {
+            call_vector<double> scaled;
+            for (const auto& factors : l1_factors(passes, keep)) {
+                for (std::size_t t = 0; t < factors.size(); ++t) { scaled.push_back(weights[t] * factors[t]); }
+            }
+            weights = std::move(scaled);
+        }
+        single_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
+        wide_ = passes.keep(std::move(weights));
+    }
+
     double lambda_;
     detail::weight_divisor divisor_;
     std::size_t stride_;

@@ -3,9 +3,8 @@
 //
 // A keep rule has two halves. What is chosen and prepared for all tensors, `get<A>(tensor)`, gives the rule of one
 // tensor: a small value that bodies hold, whose call operator keeps a pack of entries of task t, changes them, or makes
-// zeros of them. `sees_all`: NaN and infinity are never dropped. `clears_zeros`: no entry stays −0.
-// constant_until(place, end) tells to where the rule is one and the same; rules that draw have stream(t) and drawing().
-// Methods take any rule: see ties.hpp and dare.hpp.
+// zeros of them. `sees_all`: NaN and infinity are never dropped. constant_until(place, end) tells to where the rule is
+// one and the same; rules that draw have stream(t) and drawing(). Methods take any rule: see ties.hpp and dare.hpp.
 #pragma once
 
 #include <taskvec/core/pack.hpp>
@@ -21,7 +20,6 @@ namespace taskvec::inline TASKVEC_ABI {
 struct keep_all {
     /// NaN and infinity are never dropped: a sum over what is kept shows them.
     static constexpr bool sees_all = true;
-    static constexpr bool clears_zeros = false;
 
     /// x.
     template <class In>

@@ -17,7 +17,6 @@ template <arithmetic_element A>
 struct keep_between_of_tensor {
     /// NaN and infinity are outliers, which are dropped.
     static constexpr bool sees_all = false;
-    static constexpr bool clears_zeros = true;
     keep_top_of_tensor<A> upper, outliers; ///< what is kept or above it, and what is above it
 
     /// x where it is kept, 0 where not.

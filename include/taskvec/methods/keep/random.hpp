@@ -20,7 +20,6 @@ template <arithmetic_element A>
 struct keep_random_of_tensor {
     static constexpr bool sees_all =
         false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
-    static constexpr bool clears_zeros = false;
     std::uint64_t key; ///< of random_stream
     const std::uint64_t* bounds; ///< of each task, at most 2³²: everything
     const A* divisors; ///< of each task

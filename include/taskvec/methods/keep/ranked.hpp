@@ -38,7 +38,6 @@ template <arithmetic_element A>
 struct keep_ranked_of_tensor {
     static constexpr bool sees_all =
         false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
-    static constexpr bool clears_zeros = false;
     static constexpr bool reads_beside = true;
 
     /// x divided by its own number where it is kept, 0 where not.

@@ -20,7 +20,6 @@ template <arithmetic_element A>
 struct keep_top_of_tensor {
     /// NaN and infinity are never dropped: their magnitudes are the largest.
     static constexpr bool sees_all = true;
-    static constexpr bool clears_zeros = true;
     /// A task's threshold as a pack compares with it: what is kept is above one of two words.
     struct bounds {
         signed_word<A> before = 0, after = 0; ///< for entries placed before equal_end, and for the others
