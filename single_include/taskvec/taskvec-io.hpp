@@ -3766,11 +3766,12 @@ enum class nonfinite : std::uint8_t { error, propagate };
 /// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
 /// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
 /// nothing more from the system. Around it, from operator new, goes what lines models up by name, less than 2 KB for
-/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's and SCE's, selection,
-/// pruning) on one thread or the caller's; and the singular values of a decomposition. Eigen's products
-/// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
-/// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
-/// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.
+/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's, SCE's and those that work
+/// on some tensors at a time, selection, pruning) on one thread or the caller's; and the singular values of a
+/// decomposition. Eigen's products take up to a few MB a thread from malloc, whatever the sizes, and its large SVD
+/// (truncated_svd()) takes its work space there. What a call returns: sparse vectors and saved words lie in memory of
+/// `memory`, which must outlive them; matrices, adapters, statistics and lists lie in ordinary memory. Readers and
+/// writers of files have no policy.
 ///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {

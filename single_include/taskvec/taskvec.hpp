@@ -4104,11 +4104,12 @@ enum class nonfinite : std::uint8_t { error, propagate };
 /// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
 /// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
 /// nothing more from the system. Around it, from operator new, goes what lines models up by name, less than 2 KB for
-/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's and SCE's, selection,
-/// pruning) on one thread or the caller's; and the singular values of a decomposition. Eigen's products
-/// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
-/// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
-/// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.
+/// each tensor of each model: nothing where a call gets aligned_models (merges but RegMean's, SCE's and those that work
+/// on some tensors at a time, selection, pruning) on one thread or the caller's; and the singular values of a
+/// decomposition. Eigen's products take up to a few MB a thread from malloc, whatever the sizes, and its large SVD
+/// (truncated_svd()) takes its work space there. What a call returns: sparse vectors and saved words lie in memory of
+/// `memory`, which must outlive them; matrices, adapters, statistics and lists lie in ordinary memory. Readers and
+/// writers of files have no policy.
 ///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {
@@ -10257,6 +10258,66 @@ template <class Options>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
 
+// ---- taskvec/core/parts.hpp
+#if !defined(TASKVEC_SINGLE_CORE_PARTS_HPP)
+#define TASKVEC_SINGLE_CORE_PARTS_HPP
+// Work in parts of unequal sizes: large ones on all threads, the others on a thread each.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Calls use(part, policy, at_once) for every part; part i has `bytes[i]`. Several parts at a time on a thread each,
+/// for one has little to do for many threads, and while one waits for its bytes others work; those that are large
+/// beside the others one by one, on all threads. `at_once`: how many there may be at that time, which share a budget.
+/// Progress is that of one walk over all parts: what a part tells of counts where it calls it `phase`. Of what use()
+/// throws, that of the first part; cancelled.
+template <class Use>
+void for_each_part(const cpu& policy, std::string_view phase, std::span<const std::uint64_t> bytes, const Use& use)
+{
+    const std::size_t workers = worker_count(policy, bytes.size());
+    std::uint64_t total = 0;
+    for (const std::uint64_t part : bytes) { total += part; }
+    const auto large = [&](std::size_t i) { return workers == 1 || bytes[i] > total / (8 * workers); };
+    progress_meter meter(policy, phase, total);
+    const auto done = [&](std::size_t i) {
+        if (!meter.advance(bytes[i])) { raise<cancelled>(error_code::cancelled); }
+    };
+    std::uint64_t before = 0; // bytes of the parts that come before one that is worked on by itself
+    cpu reporting; // a copy that tells of the place among all parts, where somebody is told
+    if (policy.progress) {
+        reporting = policy;
+        reporting.progress = [&](const progress_event& event) {
+            return policy.progress({phase, before + (event.phase == phase ? event.done : 0), total, event.unit});
+        };
+    }
+    const cpu& together = policy.progress ? reporting : policy;
+    const cpu alone = sequential(policy);
+    for (std::size_t i = 0, end = 0; i < bytes.size(); i = end) {
+        end = i + 1;
+        if (large(i)) {
+            use(i, together, std::size_t{1});
+            before += bytes[i];
+            done(i);
+            continue;
+        }
+        while (end < bytes.size() && !large(end)) { ++end; }
+        for_each_index(policy, end - i, [&](std::size_t index, std::size_t) {
+            use(i + index, alone, workers);
+            done(i + index);
+        });
+        for (std::size_t part = i; part < end; ++part) { before += bytes[part]; }
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_CORE_PARTS_HPP
+
 // ---- taskvec/methods/entries.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_ENTRIES_HPP)
 #define TASKVEC_SINGLE_METHODS_ENTRIES_HPP
@@ -10372,6 +10433,22 @@ struct merge_report {
     unsigned walks = 0; ///< how often the models were read from end to end
     std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
     std::uint64_t saturated = 0; ///< results that became their dtype's largest number (overflow::saturate)
+
+    /// Adds what the merge of other tensors of the same models says of them.
+    merge_report& operator+=(const merge_report& other)
+    {
+        const auto add = [](std::vector<std::uint64_t>& sum, const std::vector<std::uint64_t>& more) {
+            if (sum.size() < more.size()) { sum.resize(more.size()); }
+            for (std::size_t t = 0; t < more.size(); ++t) { sum[t] += more[t]; }
+        };
+        add(kept, other.kept);
+        add(conflicting, other.conflicting);
+        norms.insert(norms.end(), other.norms.begin(), other.norms.end());
+        walks = std::max(walks, other.walks);
+        beside += other.beside;
+        saturated += other.saturated;
+        return *this;
+    }
 };
 
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
@@ -10402,6 +10479,8 @@ struct merge_tally {
 /// Beside these a method may have
 ///   - `static call_vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)` (or
 ///     another list): what in.beside(b) reads, as many for each tensor, in the order of tensors();
+///   - `static bool tensor_by_tensor(const Options&)`: whether all that it learns of a tensor comes of that tensor
+///     alone, so that some tensors at a time may be prepared and merged, and models larger than memory are read once;
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
 ///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
@@ -12725,11 +12804,13 @@ inline bool overflow_guard::holds_nonfinite(dtype type, const void* data, std::s
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_MODELS_OVERFLOW_GUARD_HPP
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <ranges>
 #include <span>
@@ -12823,19 +12904,12 @@ consteval void check_body()
     }
 }
 
-/// merge() of aligned models that store the types of a storage_list.
+/// merge() of models' tensors all together, but for what is copied. `beside`: operands_beside() of them.
 template <class Types, merge_method Options>
-merge_report merge_sound(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+merge_report merge_together(const cpu& policy, const Options& options, const aligned_models& models,
+    std::span<const aligned_tensor::operand> beside, tensor_sink& out)
 {
     using method_type = method<Options>;
-    static_assert(check_method<Options>());
-    check_options(options);
-    if (method_type::needs_base && !models.has_base()) {
-        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
-    }
-    const call_memory memory(policy.memory);
-    const auto beside = operands_beside(options, models, memory_space::host);
-    check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
     typed_passes<Types> passes(policy, models, beside);
     method_type prepared(passes, options);
     merge_report report;
@@ -12854,9 +12928,73 @@ merge_report merge_sound(const cpu& policy, const Options& options, const aligne
         merge_walk<Options>(passes, prepared, guarded, report);
     }
     if (guard) { report.saturated = guard->saturated(); }
-    copy_through(policy, models, out);
     report.walks = prepared.walks() + 1;
     report.beside = prepared.bytes_beside();
+    return report;
+}
+
+/// Tensors of models in runs, in order, and the bytes of each run's inputs.
+struct tensor_runs {
+    call_vector<tensor_range> tensors{};
+    call_vector<std::uint64_t> bytes{};
+
+    /// As many tensors in each as `memory` bytes hold of the inputs, and one at least.
+    tensor_runs(const aligned_models& models, std::uint64_t memory)
+    {
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const auto& tensor = models.tensors()[i];
+            const std::uint64_t more = tensor.bytes(tensor.size);
+            if (bytes.empty() || bytes.back() + more > memory) {
+                tensors.push_back({i, i});
+                bytes.push_back(0);
+            }
+            tensors.back().last = i + 1;
+            bytes.back() += more;
+        }
+    }
+};
+
+/// The same as merge_together(), run by run: what a method reads several times stays in memory between its walks. A run
+/// has a fourth of a thread's share of model_options::memory, or a tensor: small enough for threads to end together.
+template <class Types, merge_method Options>
+merge_report merge_in_runs(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    const std::size_t memory = models.options().memory;
+    const tensor_runs runs(models, memory / (4 * worker_count(policy, models.tensors().size())));
+    call_vector<merge_report> reports(runs.bytes.size());
+    for_each_part(policy, "merge", runs.bytes, [&](std::size_t i, const cpu& on, std::size_t together) {
+        const tensor_range range = runs.tensors[i];
+        call_vector<std::size_t> tensors(range.last - range.first);
+        std::iota(tensors.begin(), tensors.end(), range.first);
+        const aligned_models run(models, tensors, std::max<std::size_t>(1, memory / together));
+        reports[i] = merge_together<Types>(on, options, run, operands_beside(options, run, memory_space::host), out);
+    });
+    merge_report report;
+    for (const auto& part : reports) { report += part; }
+    return report;
+}
+
+/// merge() of aligned models that store the types of a storage_list.
+template <class Types, merge_method Options>
+merge_report merge_sound(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    using method_type = method<Options>;
+    static_assert(check_method<Options>());
+    check_options(options);
+    if (method_type::needs_base && !models.has_base()) {
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
+    }
+    const call_memory memory(policy.memory);
+    const auto beside = operands_beside(options, models, memory_space::host);
+    check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
+    bool in_runs = false;
+    merge_report report;
+    if constexpr (requires { method_type::tensor_by_tensor(options); }) {
+        in_runs = method_type::tensor_by_tensor(options) && models.bytes() > models.options().memory;
+        if (in_runs) { report = merge_in_runs<Types>(policy, options, models, out); }
+    }
+    if (!in_runs) { report = merge_together<Types>(policy, options, models, beside, out); }
+    copy_through(policy, models, out);
     return report;
 }
 
@@ -14347,66 +14485,6 @@ call_vector<call_vector<double>> l1_factors(Passes& passes, const Keep& keep)
 // Thresholds of every task vector of aligned models, over the whole model or tensor by tensor.
 // SPDX-License-Identifier: Apache-2.0
 
-
-// ---- taskvec/core/parts.hpp
-#if !defined(TASKVEC_SINGLE_CORE_PARTS_HPP)
-#define TASKVEC_SINGLE_CORE_PARTS_HPP
-// Work in parts of unequal sizes: large ones on all threads, the others on a thread each.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#include <cstddef>
-#include <cstdint>
-#include <span>
-#include <string_view>
-
-namespace taskvec::inline TASKVEC_ABI::detail {
-
-/// Calls use(part, policy, at_once) for every part; part i has `bytes[i]`. Several parts at a time on a thread each,
-/// for one has little to do for many threads, and while one waits for its bytes others work; those that are large
-/// beside the others one by one, on all threads. `at_once`: how many there may be at that time, which share a budget.
-/// Progress is that of one walk over all parts: what a part tells of counts where it calls it `phase`. Of what use()
-/// throws, that of the first part; cancelled.
-template <class Use>
-void for_each_part(const cpu& policy, std::string_view phase, std::span<const std::uint64_t> bytes, const Use& use)
-{
-    const std::size_t workers = worker_count(policy, bytes.size());
-    std::uint64_t total = 0;
-    for (const std::uint64_t part : bytes) { total += part; }
-    const auto large = [&](std::size_t i) { return workers == 1 || bytes[i] > total / (8 * workers); };
-    progress_meter meter(policy, phase, total);
-    const auto done = [&](std::size_t i) {
-        if (!meter.advance(bytes[i])) { raise<cancelled>(error_code::cancelled); }
-    };
-    std::uint64_t before = 0; // bytes of the parts that come before one that is worked on by itself
-    cpu reporting; // a copy that tells of the place among all parts, where somebody is told
-    if (policy.progress) {
-        reporting = policy;
-        reporting.progress = [&](const progress_event& event) {
-            return policy.progress({phase, before + (event.phase == phase ? event.done : 0), total, event.unit});
-        };
-    }
-    const cpu& together = policy.progress ? reporting : policy;
-    const cpu alone = sequential(policy);
-    for (std::size_t i = 0, end = 0; i < bytes.size(); i = end) {
-        end = i + 1;
-        if (large(i)) {
-            use(i, together, std::size_t{1});
-            before += bytes[i];
-            done(i);
-            continue;
-        }
-        while (end < bytes.size() && !large(end)) { ++end; }
-        for_each_index(policy, end - i, [&](std::size_t index, std::size_t) {
-            use(i + index, alone, workers);
-            done(i + index);
-        });
-        for (std::size_t part = i; part < end; ++part) { before += bytes[part]; }
-    }
-}
-
-} // namespace taskvec::inline TASKVEC_ABI::detail
-#endif // TASKVEC_SINGLE_CORE_PARTS_HPP
 
 // ---- taskvec/select/top_k.hpp
 #if !defined(TASKVEC_SINGLE_SELECT_TOP_K_HPP)
@@ -15921,6 +15999,11 @@ public:
                 options.scope, options.trim);
         })
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const ties_options& options) noexcept
+    {
+        return options.scope == scope::tensor;
+    }
 };
 
 #if defined(TASKVEC_COMPILED)
@@ -22804,6 +22887,8 @@ public:
         diverge(walk);
         search(walk, options.spread);
     }
+    /// Divergences and quartiles are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const arcee_fusion_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] chosen_body<A> body(std::size_t) const
     {
@@ -23348,6 +23433,11 @@ public:
               task_shares(options.gamma, options.gammas, passes.tasks(), "gammas"), options.scope)
         , sum_(passes, options, keep_, options.rescale)
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const breadcrumbs_options& options) noexcept
+    {
+        return options.scope == scope::tensor;
+    }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_between_of_tensor<A>> body(std::size_t tensor) const
     {
@@ -23370,6 +23460,11 @@ public:
                 task_shares(options.gamma, options.gammas, passes.tasks(), "gammas"), options.ties.scope);
         })
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const breadcrumbs_ties_options& options) noexcept
+    {
+        return options.ties.scope == scope::tensor;
+    }
 };
 
 #if defined(TASKVEC_COMPILED)
@@ -23387,7 +23482,6 @@ TASKVEC_COMPILED_MERGES(extern, breadcrumbs_ties_options)
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -23444,12 +23538,6 @@ template <described_options Options>
     return text;
 }
 
-inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::uint64_t>& more)
-{
-    if (sum.size() < more.size()) { sum.resize(more.size()); }
-    for (std::size_t t = 0; t < more.size(); ++t) { sum[t] += more[t]; }
-}
-
 } // namespace detail
 
 template <described_options Options>
@@ -23476,12 +23564,7 @@ merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::stri
     if (groups.size() == 1) { return merge(policy, groups.front().options, models, out); }
     merge_report report;
     for (const auto& group : groups) {
-        const auto part = merge(policy, group.options, aligned_models(models, group.tensors), out);
-        detail::add_counts(report.kept, part.kept);
-        detail::add_counts(report.conflicting, part.conflicting);
-        report.walks = std::max(report.walks, part.walks);
-        report.beside += part.beside;
-        report.saturated += part.saturated;
+        report += merge(policy, group.options, aligned_models(models, group.tensors), out);
     }
     detail::copy_through(policy, models, out);
     return report;
@@ -24088,6 +24171,12 @@ class combination_method : public elementwise_method {
 public:
     static constexpr bool needs_base = false;
 
+    /// Dot products are those of a tensor.
+    template <class Options>
+    [[nodiscard]] static bool tensor_by_tensor(const Options&) noexcept
+    {
+        return true;
+    }
     template <arithmetic_element A>
     [[nodiscard]] combination_body<A> body(std::size_t tensor) const
     {
@@ -24360,6 +24449,8 @@ public:
               options.rescale == drop_rescale::density)
         , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
     { }
+    /// L1 norms are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const dare_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_random_of_tensor<A>> body(std::size_t tensor) const
     {
@@ -24382,6 +24473,11 @@ public:
                 options.seed, options.rescale == drop_rescale::density);
         })
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const dare_ties_options& options) noexcept
+    {
+        return options.ties.scope == scope::tensor;
+    }
 };
 
 #if defined(TASKVEC_COMPILED)
@@ -24831,6 +24927,8 @@ public:
         , keep_(detail::ranked_of(passes, options))
         , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
     { }
+    /// Rows and L1 norms are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const della_linear_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_ranked_of_tensor<A>> body(std::size_t tensor) const
     {
@@ -24862,6 +24960,11 @@ public:
               [&] { return detail::ranked_of(passes, options); })
         , tasks_(passes.tasks())
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const della_options& options) noexcept
+    {
+        return options.ties.scope == scope::tensor;
+    }
     [[nodiscard]] const row_pieces& pieces() const noexcept { return keep().pieces(); }
     [[nodiscard]] std::size_t row_numbers() const noexcept { return tasks_; }
     template <arithmetic_element A>
@@ -25814,6 +25917,8 @@ public:
                 options, passes.models().tensors()[tensor].name, passes.tasks(), sums[tensor]));
         }
     }
+    /// Angles are those of a tensor, or of its rows or columns.
+    [[nodiscard]] static bool tensor_by_tensor(const model_stock_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t tensor) const
     {
@@ -26378,6 +26483,11 @@ public:
         , tasks_(passes.tasks())
         , raise_(passes, factors(passes, options))
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const ram_plus_options& options) noexcept
+    {
+        return options.scope == scope::tensor;
+    }
     template <arithmetic_element A>
     [[nodiscard]] acting_mean_body<A> body(std::size_t tensor) const
     {
@@ -27274,6 +27384,8 @@ public:
         single_weights_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
         wide_weights_ = passes.keep(std::move(weights));
     }
+    /// Variances and weights are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const sce_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] sce_body<A> body(std::size_t tensor) const
     {
@@ -27442,6 +27554,8 @@ public:
             factors_.push_back(detail::factors_of(options, sum[0], sum[1], sum[2]));
         }
     }
+    /// Angles are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const slerp_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] pair_body<A> body(std::size_t tensor) const
     {

@@ -199,6 +199,8 @@ public:
         diverge(walk);
         search(walk, options.spread);
     }
+    /// Divergences and quartiles are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const arcee_fusion_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] chosen_body<A> body(std::size_t) const
     {

@@ -117,6 +117,11 @@ public:
               task_shares(options.gamma, options.gammas, passes.tasks(), "gammas"), options.scope)
         , sum_(passes, options, keep_, options.rescale)
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const breadcrumbs_options& options) noexcept
+    {
+        return options.scope == scope::tensor;
+    }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_between_of_tensor<A>> body(std::size_t tensor) const
     {
@@ -139,6 +144,11 @@ public:
                 task_shares(options.gamma, options.gammas, passes.tasks(), "gammas"), options.ties.scope);
         })
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const breadcrumbs_ties_options& options) noexcept
+    {
+        return options.ties.scope == scope::tensor;
+    }
 };
 
 #if defined(TASKVEC_COMPILED)

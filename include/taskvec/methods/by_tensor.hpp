@@ -7,7 +7,6 @@
 #include <taskvec/core/option_text.hpp>
 #include <taskvec/methods/merge.hpp>
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -64,12 +63,6 @@ template <described_options Options>
     return text;
 }
 
-inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::uint64_t>& more)
-{
-    if (sum.size() < more.size()) { sum.resize(more.size()); }
-    for (std::size_t t = 0; t < more.size(); ++t) { sum[t] += more[t]; }
-}
-
 } // namespace detail
 
 template <described_options Options>
@@ -96,12 +89,7 @@ merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::stri
     if (groups.size() == 1) { return merge(policy, groups.front().options, models, out); }
     merge_report report;
     for (const auto& group : groups) {
-        const auto part = merge(policy, group.options, aligned_models(models, group.tensors), out);
-        detail::add_counts(report.kept, part.kept);
-        detail::add_counts(report.conflicting, part.conflicting);
-        report.walks = std::max(report.walks, part.walks);
-        report.beside += part.beside;
-        report.saturated += part.saturated;
+        report += merge(policy, group.options, aligned_models(models, group.tensors), out);
     }
     detail::copy_through(policy, models, out);
     return report;

@@ -119,6 +119,12 @@ class combination_method : public elementwise_method {
 public:
     static constexpr bool needs_base = false;
 
+    /// Dot products are those of a tensor.
+    template <class Options>
+    [[nodiscard]] static bool tensor_by_tensor(const Options&) noexcept
+    {
+        return true;
+    }
     template <arithmetic_element A>
     [[nodiscard]] combination_body<A> body(std::size_t tensor) const
     {

@@ -137,6 +137,8 @@ public:
               options.rescale == drop_rescale::density)
         , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
     { }
+    /// L1 norms are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const dare_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_random_of_tensor<A>> body(std::size_t tensor) const
     {
@@ -159,6 +161,11 @@ public:
                 options.seed, options.rescale == drop_rescale::density);
         })
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const dare_ties_options& options) noexcept
+    {
+        return options.ties.scope == scope::tensor;
+    }
 };
 
 #if defined(TASKVEC_COMPILED)

@@ -140,6 +140,8 @@ public:
         , keep_(detail::ranked_of(passes, options))
         , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
     { }
+    /// Rows and L1 norms are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const della_linear_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_ranked_of_tensor<A>> body(std::size_t tensor) const
     {
@@ -171,6 +173,11 @@ public:
               [&] { return detail::ranked_of(passes, options); })
         , tasks_(passes.tasks())
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const della_options& options) noexcept
+    {
+        return options.ties.scope == scope::tensor;
+    }
     [[nodiscard]] const row_pieces& pieces() const noexcept { return keep().pieces(); }
     [[nodiscard]] std::size_t row_numbers() const noexcept { return tasks_; }
     template <arithmetic_element A>

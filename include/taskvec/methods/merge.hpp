@@ -5,16 +5,19 @@
 #include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/call_memory.hpp>
 #include <taskvec/core/option_range.hpp>
+#include <taskvec/core/parts.hpp>
 #include <taskvec/methods/entries.hpp>
 #include <taskvec/methods/walk.hpp>
 #include <taskvec/methods/wrong_call.hpp>
 #include <taskvec/models/overflow_guard.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <ranges>
 #include <span>
@@ -108,19 +111,12 @@ consteval void check_body()
     }
 }
 
-/// merge() of aligned models that store the types of a storage_list.
+/// merge() of models' tensors all together, but for what is copied. `beside`: operands_beside() of them.
 template <class Types, merge_method Options>
-merge_report merge_sound(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+merge_report merge_together(const cpu& policy, const Options& options, const aligned_models& models,
+    std::span<const aligned_tensor::operand> beside, tensor_sink& out)
 {
     using method_type = method<Options>;
-    static_assert(check_method<Options>());
-    check_options(options);
-    if (method_type::needs_base && !models.has_base()) {
-        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
-    }
-    const call_memory memory(policy.memory);
-    const auto beside = operands_beside(options, models, memory_space::host);
-    check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
     typed_passes<Types> passes(policy, models, beside);
     method_type prepared(passes, options);
     merge_report report;
@@ -139,9 +135,73 @@ merge_report merge_sound(const cpu& policy, const Options& options, const aligne
         merge_walk<Options>(passes, prepared, guarded, report);
     }
     if (guard) { report.saturated = guard->saturated(); }
-    copy_through(policy, models, out);
     report.walks = prepared.walks() + 1;
     report.beside = prepared.bytes_beside();
+    return report;
+}
+
+/// Tensors of models in runs, in order, and the bytes of each run's inputs.
+struct tensor_runs {
+    call_vector<tensor_range> tensors{};
+    call_vector<std::uint64_t> bytes{};
+
+    /// As many tensors in each as `memory` bytes hold of the inputs, and one at least.
+    tensor_runs(const aligned_models& models, std::uint64_t memory)
+    {
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const auto& tensor = models.tensors()[i];
+            const std::uint64_t more = tensor.bytes(tensor.size);
+            if (bytes.empty() || bytes.back() + more > memory) {
+                tensors.push_back({i, i});
+                bytes.push_back(0);
+            }
+            tensors.back().last = i + 1;
+            bytes.back() += more;
+        }
+    }
+};
+
+/// The same as merge_together(), run by run: what a method reads several times stays in memory between its walks. A run
+/// has a fourth of a thread's share of model_options::memory, or a tensor: small enough for threads to end together.
+template <class Types, merge_method Options>
+merge_report merge_in_runs(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    const std::size_t memory = models.options().memory;
+    const tensor_runs runs(models, memory / (4 * worker_count(policy, models.tensors().size())));
+    call_vector<merge_report> reports(runs.bytes.size());
+    for_each_part(policy, "merge", runs.bytes, [&](std::size_t i, const cpu& on, std::size_t together) {
+        const tensor_range range = runs.tensors[i];
+        call_vector<std::size_t> tensors(range.last - range.first);
+        std::iota(tensors.begin(), tensors.end(), range.first);
+        const aligned_models run(models, tensors, std::max<std::size_t>(1, memory / together));
+        reports[i] = merge_together<Types>(on, options, run, operands_beside(options, run, memory_space::host), out);
+    });
+    merge_report report;
+    for (const auto& part : reports) { report += part; }
+    return report;
+}
+
+/// merge() of aligned models that store the types of a storage_list.
+template <class Types, merge_method Options>
+merge_report merge_sound(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    using method_type = method<Options>;
+    static_assert(check_method<Options>());
+    check_options(options);
+    if (method_type::needs_base && !models.has_base()) {
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
+    }
+    const call_memory memory(policy.memory);
+    const auto beside = operands_beside(options, models, memory_space::host);
+    check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
+    bool in_runs = false;
+    merge_report report;
+    if constexpr (requires { method_type::tensor_by_tensor(options); }) {
+        in_runs = method_type::tensor_by_tensor(options) && models.bytes() > models.options().memory;
+        if (in_runs) { report = merge_in_runs<Types>(policy, options, models, out); }
+    }
+    if (!in_runs) { report = merge_together<Types>(policy, options, models, beside, out); }
+    copy_through(policy, models, out);
     return report;
 }
 

@@ -88,6 +88,22 @@ struct merge_report {
     unsigned walks = 0; ///< how often the models were read from end to end
     std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
     std::uint64_t saturated = 0; ///< results that became their dtype's largest number (overflow::saturate)
+
+    /// Adds what the merge of other tensors of the same models says of them.
+    merge_report& operator+=(const merge_report& other)
+    {
+        const auto add = [](std::vector<std::uint64_t>& sum, const std::vector<std::uint64_t>& more) {
+            if (sum.size() < more.size()) { sum.resize(more.size()); }
+            for (std::size_t t = 0; t < more.size(); ++t) { sum[t] += more[t]; }
+        };
+        add(kept, other.kept);
+        add(conflicting, other.conflicting);
+        norms.insert(norms.end(), other.norms.begin(), other.norms.end());
+        walks = std::max(walks, other.walks);
+        beside += other.beside;
+        saturated += other.saturated;
+        return *this;
+    }
 };
 
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
@@ -118,6 +134,8 @@ struct merge_tally {
 /// Beside these a method may have
 ///   - `static call_vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)` (or
 ///     another list): what in.beside(b) reads, as many for each tensor, in the order of tensors();
+///   - `static bool tensor_by_tensor(const Options&)`: whether all that it learns of a tensor comes of that tensor
+///     alone, so that some tensors at a time may be prepared and merged, and models larger than memory are read once;
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
 ///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;

@@ -131,6 +131,8 @@ public:
                 options, passes.models().tensors()[tensor].name, passes.tasks(), sums[tensor]));
         }
     }
+    /// Angles are those of a tensor, or of its rows or columns.
+    [[nodiscard]] static bool tensor_by_tensor(const model_stock_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t tensor) const
     {

@@ -183,6 +183,11 @@ public:
         , tasks_(passes.tasks())
         , raise_(passes, factors(passes, options))
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const ram_plus_options& options) noexcept
+    {
+        return options.scope == scope::tensor;
+    }
     template <arithmetic_element A>
     [[nodiscard]] acting_mean_body<A> body(std::size_t tensor) const
     {

@@ -196,6 +196,8 @@ public:
         single_weights_ = passes.keep(call_vector<float>(weights.begin(), weights.end()));
         wide_weights_ = passes.keep(std::move(weights));
     }
+    /// Variances and weights are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const sce_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] sce_body<A> body(std::size_t tensor) const
     {

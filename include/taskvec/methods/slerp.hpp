@@ -77,6 +77,8 @@ public:
             factors_.push_back(detail::factors_of(options, sum[0], sum[1], sum[2]));
         }
     }
+    /// Angles are those of a tensor.
+    [[nodiscard]] static bool tensor_by_tensor(const slerp_options&) noexcept { return true; }
     template <arithmetic_element A>
     [[nodiscard]] pair_body<A> body(std::size_t tensor) const
     {

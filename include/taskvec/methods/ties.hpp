@@ -307,6 +307,11 @@ public:
                 options.scope, options.trim);
         })
     { }
+    /// Whether shares count over tensors.
+    [[nodiscard]] static bool tensor_by_tensor(const ties_options& options) noexcept
+    {
+        return options.scope == scope::tensor;
+    }
 };
 
 #if defined(TASKVEC_COMPILED)
