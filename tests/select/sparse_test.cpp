@@ -9,6 +9,8 @@
 #include <iterator>
 #include <memory_resource>
 #include <random>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 using namespace taskvec;
@@ -29,6 +31,11 @@ TEST_CASE("an index takes four bytes until one needs eight")
     CHECK(std::vector<std::uint64_t>(list.begin(), list.end())
         == std::vector<std::uint64_t>{3, 15, 0xffffffff, 0x1'0000'0000});
     CHECK(*std::lower_bound(list.begin(), list.end(), 4u) == 15);
+    list.reserve(6);
+    list.push_back(7); // however small: the list stays wide
+    CHECK(list.wide());
+    CHECK(list.back() == 7);
+    CHECK(list.size() == 5);
     CHECK_FALSE(index_list(5, 0x1'0000'0000).wide()); // the last index of so many elements is 2^32 - 1
     CHECK(index_list(5, 0x1'0000'0001).wide());
     CHECK(index_list(2, 9) == index_list(2, std::uint64_t{1} << 40));
@@ -107,6 +114,24 @@ TEST_CASE("a bitmask that breaks its promises is refused with a sentence")
     CHECK(live == std::vector<float>(21));
 }
 
+TEST_CASE("a sparse vector that breaks its promises is refused with a sentence")
+{
+    std::vector<float> live(21);
+    const auto refused = [&](const sparse_vector<float>& bad, const char* words) {
+        CHECK_THROWS_WITH_AS((void)apply(cpu{}, bad, live), words, invalid_argument);
+    };
+    refused({{21}, {3, 4}, {1}}, "delta of tensor 'values' has 1 values for 2 indices");
+    refused({{21}, {3, 21}, {1, 2}}, "delta of tensor 'values' has index 21; the tensor has 21 elements");
+    refused({{21}, {4, 3}, {1, 2}}, "delta of tensor 'values' has index 3 after 4; indices must ascend");
+    refused({{21}, {4, 4}, {1, 2}}, "delta of tensor 'values' has index 4 after 4; indices must ascend");
+    const sparse_vector<float> good{{7, 3}, {4}, {1}};
+    std::vector<float> longer(22);
+    CHECK_THROWS_WITH_AS((void)apply(cpu{}, good, longer),
+        "tensor 'values' has 22 elements; the delta is for shape [7, 3]", shape_mismatch);
+    CHECK(live == std::vector<float>(21));
+    CHECK(longer == std::vector<float>(22));
+}
+
 TEST_CASE("a view of other values than the weights take is refused")
 {
     const sparse_vector<double> wide{{4}, {1}, {2}};
@@ -114,6 +139,88 @@ TEST_CASE("a view of other values than the weights take is refused")
     std::vector<float> live(4);
     CHECK_THROWS_WITH_AS((void)apply(cpu{}, viewed.view, live),
         "tensor 'values' has dtype F32; the delta holds F64 values", dtype_mismatch);
+    const sparse_vector<float> narrow{{4}, {1}, {2}};
+    const auto narrow_view = detail::view_entries(narrow, std::pmr::get_default_resource());
+    std::vector<double> wide_live(4);
+    CHECK_THROWS_WITH_AS((void)apply(cpu{}, narrow_view.view, wide_live),
+        "tensor 'values' has dtype F64; the delta holds F32 values", dtype_mismatch);
+}
+
+TEST_CASE("a view goes through the entries of any range of elements, from indices and from bits")
+{
+    sparse_vector<float> sparse{{3, 70'001}, {}, {}};
+    for (std::uint64_t i = 1; i < 210'003; i += 1 + i % 97) { sparse.indices.push_back(i); }
+    sparse.values.resize(sparse.kept());
+    const auto masked = to_bitmask(sparse);
+    sparse_vector<float> wide = sparse; // the same entries, their indices in eight bytes each
+    wide.indices = index_list(sparse.kept(), std::uint64_t{1} << 40);
+    for (std::size_t e = 0; e < sparse.kept(); ++e) {
+        const std::uint64_t place = sparse.indices[e];
+        wide.indices.store(e, &place, 1);
+    }
+    const auto memory = std::pmr::get_default_resource();
+    const auto from_bits = detail::view_entries(masked, memory), from_indices = detail::view_entries(sparse, memory),
+               from_wide = detail::view_entries(wide, memory);
+    CHECK(from_wide.view.wide_indices);
+    using numbers = std::vector<std::pair<std::uint64_t, std::uint64_t>>;
+    for (const std::uint64_t from : {0, 1, 7, 8, 65'535, 65'536, 65'537, 131'080, 210'002}) {
+        for (const std::uint64_t to : {0, 1, 9, 65'536, 65'540, 140'000, 210'003}) {
+            CAPTURE(from);
+            CAPTURE(to);
+            numbers expected;
+            for (std::size_t e = 0; e < sparse.kept(); ++e) {
+                const std::uint64_t place = sparse.indices[e];
+                if (place >= from && place < to) { expected.emplace_back(place, e); }
+            }
+            for (const auto* viewed : {&from_bits, &from_indices, &from_wide}) {
+                numbers found;
+                viewed->view.for_each(from, to, [&](auto place, auto entry) { found.emplace_back(place, entry); });
+                CHECK(found == expected);
+            }
+        }
+    }
+}
+
+TEST_CASE("a delta that does not fit a model is refused by the tensor's name, and nothing is changed")
+{
+    std::vector<float> first(21, 1.0f), second(4, 1.0f);
+    std::vector<double> wide(4, 1.0);
+    const model_ref model{{"a", as_tensor(as_view(first), {3, 7})}, {"b", as_tensor(as_view(second), {4})},
+        {"w", as_tensor(as_view(wide), {4})}};
+    const sparse_vector<float> good{{3, 7}, {2}, {5}};
+    const auto refused = [&](const sparse_model& delta, const char* words, auto kind) {
+        CHECK_THROWS_WITH_AS((void)apply(cpu{}, delta, model), words, typename decltype(kind)::type);
+        CHECK_THROWS_WITH_AS((void)saved_bytes(delta, model), words, typename decltype(kind)::type);
+        CHECK(first == std::vector<float>(21, 1.0f));
+        CHECK(second == std::vector<float>(4, 1.0f));
+        CHECK(wide == std::vector<double>(4, 1.0));
+    };
+    refused({{"a", good}, {"c", sparse_vector<float>{{4}, {1}, {2}}}},
+        "tensor 'c' of the delta is missing in the model", std::type_identity<invalid_argument>{});
+    refused({{"a", good}, {"b", sparse_vector<float>{{2, 2}, {1}, {2}}}},
+        "tensor 'b' has shape [4]; the delta is for shape [2, 2]", std::type_identity<shape_mismatch>{});
+    refused({{"a", good}, {"w", sparse_vector<float>{{4}, {1}, {2}}}},
+        "tensor 'w' has dtype F64; the delta holds F32 values", std::type_identity<dtype_mismatch>{});
+    refused({{"a", good}, {"b", sparse_vector<double>{{4}, {1}, {2}}}},
+        "tensor 'b' has dtype F32; the delta holds F64 values", std::type_identity<dtype_mismatch>{});
+
+    const sparse_model delta{{"a", good}, {"w", sparse_vector<double>{{4}, {0, 3}, {2, 3}}}};
+    CHECK(kept_entries(delta) == 3);
+    CHECK(saved_bytes(delta, model) == 8 + 16); // of each tensor whole eights
+    alignas(8) std::array<std::byte, 32> room{};
+    CHECK_THROWS_WITH_AS(apply(cpu{}, delta, model, std::span(room)),
+        "the saved words of this delta take 24 bytes (see saved_bytes()), not 32: they do not belong to it",
+        invalid_argument);
+    CHECK_THROWS_WITH_AS(apply(cpu{}, delta, model, std::span(room).subspan(4, 24)),
+        "memory for saved words must be aligned to 8 bytes", invalid_argument);
+    apply(cpu{}, delta, model, std::span(room).first(24), 2.0);
+    CHECK(first[2] == 11);
+    CHECK(wide == std::vector<double>{5, 1, 1, 7});
+    CHECK_THROWS_AS(undo(cpu{}, delta, std::span<const std::byte>(room).subspan(4, 24), model), invalid_argument);
+    CHECK(first[2] == 11);
+    undo(cpu{}, delta, std::span<const std::byte>(room).first(24), model);
+    CHECK(first == std::vector<float>(21, 1.0f));
+    CHECK(wide == std::vector<double>(4, 1.0));
 }
 
 TEST_CASE("saved words and sparse vectors come from the policy's memory")

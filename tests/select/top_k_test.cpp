@@ -5,6 +5,8 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
+#include <bit>
 #include <iterator>
 #include <limits>
 #include <numeric>
@@ -339,6 +341,133 @@ TEST_CASE("every instruction set sees NaN and infinity, wherever they lie")
                 place % 2 ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity());
             CHECK_THROWS_AS((void)top_k(cpu{}, x, 10), nonfinite_error);
         }
+    }
+}
+
+TEST_CASE("rows that are trimmed piece by piece keep what the whole row keeps")
+{
+    std::vector<float> whole(1000);
+    std::mt19937 draw(5);
+    for (auto& value : whole) { value = static_cast<float>(draw() % 7) - 3.0f; } // many are equal
+    for (const std::uint64_t k : {1, 100, 500, 999}) {
+        const auto threshold = top_k(cpu{}, whole, k);
+        const auto kept = kept_by_sorting(whole, k);
+        for (const std::size_t piece : {1u, 16u, 33u, 250u}) {
+            auto trimmed = whole;
+            for (std::size_t at = 0; at < trimmed.size(); at += piece) {
+                kernels::trim(trimmed.data() + at, std::min(piece, trimmed.size() - at), at, threshold);
+            }
+            std::size_t wrong = 0;
+            for (std::size_t i = 0; i < whole.size(); ++i) { wrong += trimmed[i] != (kept[i] ? whole[i] : 0.0f); }
+            CAPTURE(k);
+            CAPTURE(piece);
+            CHECK(wrong == 0);
+        }
+    }
+}
+
+TEST_CASE("of nothing, nothing is kept, and a threshold of NaN keeps NaN alone")
+{
+    CHECK(top_k(cpu{}, std::vector<float>{}, 0) == top_k_threshold<float>{});
+    CHECK_THROWS_AS((void)top_k(cpu{}, std::vector<float>{}, 1), invalid_argument);
+    CHECK_THROWS_WITH_AS(
+        (void)kth_magnitude(cpu{}, std::vector<float>{1}, 0), "k is 0; expected at least 1", invalid_argument);
+    CHECK(kth_magnitude(cpu{}, std::vector<float>{1, -3, 2}, 2) == 2.0f);
+    const double none = std::numeric_limits<double>::quiet_NaN();
+    const auto single = threshold_as<float>(top_k_threshold<double>{magnitude_bits(none), 2});
+    CHECK(single.keeps(std::numeric_limits<float>::quiet_NaN(), 1));
+    CHECK_FALSE(single.keeps(std::numeric_limits<float>::quiet_NaN(), 2));
+    CHECK_FALSE(single.keeps(std::numeric_limits<float>::infinity(), 1));
+}
+
+TEST_CASE("a share for each task is its own; one that keeps nothing leaves the others as they are")
+{
+    const auto x = random_values<float>(5000, 1), y = random_values<float>(5000, 2);
+    const std::vector<const_model_ref> tasks{{{"a", as_tensor(as_view(x))}}, {{"a", as_tensor(as_view(y))}}};
+    const aligned_models models(nullptr, tasks);
+    const auto shares = [](std::vector<double> each, std::size_t count) {
+        return task_shares(0.3, each, count, "densities");
+    };
+    CHECK(shares({}, 2).of(1) == 0.3);
+    CHECK(shares({0.1, 0.5}, 2).of(1) == 0.5);
+    CHECK_THROWS_WITH_AS(
+        shares({0.1, 0.2, 0.3}, 2), "3 densities for 2 tasks: give one each, or none", invalid_argument);
+    for (const auto over : {scope::model, scope::tensor}) {
+        const trim_thresholds found(cpu{}, models, shares({0.1, 0.5}, 2), over);
+        CHECK(found.get<float>(0, 0) == top_k(cpu{}, x, 500));
+        CHECK(found.get<float>(0, 1) == top_k(cpu{}, y, 2500));
+        const trim_thresholds one(cpu{}, models, shares({1e-30, 0.5}, 2), over);
+        CHECK(one.get<float>(0, 1) == top_k(cpu{}, y, 2500));
+        std::size_t kept = 0;
+        for (std::size_t i = 0; i < x.size(); ++i) { kept += one.get<float>(0, 0).keeps(x[i], i); }
+        CHECK(kept == 0);
+    }
+    const const_model_ref nothing;
+    const aligned_models empty(nullptr, {&nothing, 1});
+    CHECK_THROWS_AS(trim_thresholds(cpu{}, empty, 1.5, scope::model), invalid_argument); // wrong anywhere
+    CHECK_NOTHROW(trim_thresholds(cpu{}, empty, 0.5, scope::tensor));
+}
+
+TEST_CASE("tasks that take different numbers of walks have the thresholds that each has by itself")
+{
+    const std::size_t n = 40'000;
+    const auto smooth = random_values<float>(n, 3);
+    std::vector<float> heavy(n), equal(n, 2.0f), front(n, 0.0f);
+    std::mt19937 draw(9);
+    for (auto& value : heavy) { value = std::bit_cast<float>(static_cast<std::uint32_t>(draw() % 0x7f000000u)); }
+    for (std::size_t i = 0; i < 1000; ++i) { front[i] = 1.0f + static_cast<float>(i) * 0x1p-20f; } // in one chunk
+    const std::vector<const std::vector<float>*> values{&smooth, &heavy, &equal, &front, &smooth};
+    const std::vector<std::uint64_t> counts{n / 5, n / 3, n / 2, 500, n};
+    std::vector<const_model_ref> tasks;
+    for (const auto* x : values) { tasks.push_back({{"a", as_tensor(as_view(*x))}}); }
+    model_options options;
+    options.chunk = 4096;
+    const aligned_models models(nullptr, tasks, options);
+    for (const unsigned threads : {1u, 3u}) {
+        for (const std::size_t capacity : {1024u, 4096u, 4194304u}) {
+            CAPTURE(threads);
+            CAPTURE(capacity);
+            const auto found =
+                top_k_thresholds<float>(cpu{.threads = threads}, models, all_chunks(models), counts, capacity);
+            for (std::size_t t = 0; t < values.size(); ++t) {
+                CAPTURE(t);
+                const auto kept = kept_by_sorting(*values[t], counts[t]);
+                std::size_t wrong = 0;
+                for (std::size_t i = 0; i < n; ++i) { wrong += found[t].keeps((*values[t])[i], i) != kept[i]; }
+                CHECK(wrong == 0);
+            }
+        }
+    }
+}
+
+TEST_CASE("values that mislead the sample cost a walk and change nothing")
+{
+    const std::size_t n = 1 << 20, sampled = n / 512, runs = sampled / 32, stratum = n / runs;
+    const random_stream places(0x746f702d6bull, 0); // where the first walk's sample lies
+    std::vector<bool> seen(n);
+    for (std::size_t r = 0; r < runs; ++r) {
+        const std::size_t from = r * stratum + static_cast<std::size_t>(places.word(r) % stratum);
+        for (std::size_t i = from; i < std::min(n, from + 32); ++i) { seen[i] = true; }
+    }
+    std::mt19937 draw(13);
+    for (const bool larger : {true, false}) { // what is sampled is larger than all else, or smaller
+        std::vector<float> x(n);
+        for (std::size_t i = 0; i < n; ++i) {
+            x[i] = (seen[i] == larger ? 2.0f : 1.0f) + static_cast<float>(draw()) * 0x1p-33f;
+        }
+        CAPTURE(larger);
+        const const_model_ref model{{"a", as_tensor(as_view(x))}};
+        const aligned_models models(nullptr, {&model, 1});
+        const std::array<std::uint64_t, 1> k{n / 4};
+        unsigned walks = 0;
+        const auto found =
+            top_k_thresholds<float>(cpu{.threads = 2}, models, all_chunks(models), k, 1 << 16, &walks)[0];
+        CHECK(walks >= 2);
+        CHECK(walks <= 5);
+        const auto kept = kept_by_sorting(x, k[0]);
+        std::size_t wrong = 0;
+        for (std::size_t i = 0; i < n; ++i) { wrong += found.keeps(x[i], i) != kept[i]; }
+        CHECK(wrong == 0);
     }
 }
 
