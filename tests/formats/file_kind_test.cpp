@@ -64,6 +64,26 @@ TEST_CASE("content says what a file is")
     CHECK(says("\x28\xb5\x2f\xfd\0\0"s, "zstd"));
     CHECK(says(std::string(100000, '\0'), "zeros from its first byte on"));
     CHECK(says("\x83\xa6params\x81\xa5model"s, "Flax"));
+    CHECK(says("version https://git-lfs.github.com/spec/v1\nsize many\n", "fetch the real one, by 'git lfs pull'"));
+    CHECK(says("PK\x05\x06"s + std::string(18, '\0'), "is a zip archive")); // an empty one
+    CHECK(says("PK\x03\x04"s + "m/code/model.py" + std::string(70000, 'x') + "PK\x05\x06", "TorchScript"));
+    CHECK(says("PK\x03\x04"s + std::string(70000, 'x') + "m/code/PK\x05\x06", "TorchScript"));
+    CHECK(says("algg\1\0\0\0"s, "is an adapter of llama.cpp before GGUF (ggla)"));
+    CHECK(says("FUGG\0\0\0\3"s, "is a GGUF file in another order of bytes"));
+    for (const char* magic : {"lmgg", "tjgg", "fmgg"}) { CHECK(says(magic, "is a GGML file (llama.cpp of old)")); }
+    CHECK(says("\x1c\0\0\0TFL3\x14\0"s, "is a TensorFlow Lite model"));
+    CHECK(says("model/w.bin" + std::string(246, '\0') + "ustar\0"s, "is a tar archive: unpack it"));
+    CHECK(says("\x08\x07\x12\x07pytorch\x1a\x05" + "2.1.0 onnx.export"s, "is an ONNX model"));
+    CHECK(kind_of("\x08\x07\x12\x07pytorch\x1a\x05" + "2.1.0 another thing"s).empty());
+    CHECK(kind_of("\x80\x06 a pickle of no known protocol\x01"s).empty());
+    CHECK(kind_of("\x80\x01 nor this\x01"s).empty());
+    CHECK(says("\xef\xbb\xbf<head><title>Sign in", "is a page of HTML"));
+    CHECK(says("\xef\xbb\xbf{\"error\": 404}", "is JSON ({\"error\": 404})"));
+    CHECK(says("[1, 2]", "is JSON ([1, 2])"));
+    CHECK(says(" \n\t ", "is a text"));
+    CHECK(says(std::string(100000, 'x'), "is a text ('" + std::string(60, 'x') + " …')"));
+    CHECK(says("a text with\ttabs\r\nand lines \n", "is a text ('a text with tabs  and lines'), not a model"));
+    CHECK(kind_of("no text: \x7f"s).empty());
     CHECK(kind_of("\xc1\xff\xfe\x01\x02 whatever\x03"s).empty());
 }
 

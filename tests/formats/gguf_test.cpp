@@ -9,9 +9,13 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -248,6 +252,100 @@ TEST_CASE("what GGUF cannot say of an adapter is refused by name")
     CHECK(vision.tied);
 }
 
+TEST_CASE("metadata of every type of GGUF is read, and arrays are passed over")
+{
+    file_of file;
+    const auto key = [](const std::string& name, std::uint32_t type, const std::string& value) {
+        return text(name) + u32(type) + value;
+    };
+    file.keys = {key("u8", 0, "\xfe"), key("i8", 1, "\xfe"), key("u16", 2, bytes_of(std::uint16_t{65535})),
+        key("i16", 3, bytes_of(std::int16_t{-300})), key("u32", 4, u32(4'000'000'000)),
+        key("i32", 5, bytes_of(std::int32_t{-7})), key("f32", 6, bytes_of(0.5f)), key("true", 7, "\1"),
+        key("false", 7, std::string(1, '\0')), key("text", 8, text("words")), key("u64", 10, u64(1ull << 40)),
+        key("i64", 11, bytes_of(std::int64_t{-1} << 40)), key("f64", 12, bytes_of(0.1))};
+    for (std::uint32_t type = 0; type < 13; ++type) { // two elements of each
+        constexpr std::array<std::size_t, 13> sizes{1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+        if (type == 9) { continue; }
+        file.keys.push_back(key(message("array of ", type), 9,
+            u32(type) + u64(2) + (type == 8 ? text("a") + text("") : std::string(2 * sizes[type], '\1'))));
+    }
+    const std::string content = file.bytes();
+    const auto header = parse_gguf(std::as_bytes(std::span(content)), "x.gguf");
+    CHECK(header.metadata.size() == 25);
+    CHECK(header.metadata.at("u8") == gguf_value(std::uint64_t{254}));
+    CHECK(header.metadata.at("i8") == gguf_value(std::int64_t{-2}));
+    CHECK(header.metadata.at("u16") == gguf_value(std::uint64_t{65535}));
+    CHECK(header.metadata.at("i16") == gguf_value(std::int64_t{-300}));
+    CHECK(header.metadata.at("u32") == gguf_value(std::uint64_t{4'000'000'000}));
+    CHECK(header.metadata.at("i32") == gguf_value(std::int64_t{-7}));
+    CHECK(header.metadata.at("true") == gguf_value(true));
+    CHECK(header.metadata.at("false") == gguf_value(false));
+    CHECK(header.metadata.at("array of 8") == gguf_value());
+    CHECK(header.number("u64") == 0x1p40);
+    CHECK(header.number("i64") == -0x1p40);
+    CHECK(header.number("f32") == 0.5);
+    CHECK(header.number("f64") == 0.1);
+    CHECK(header.number("text") == std::nullopt);
+    CHECK(header.number("missing") == std::nullopt);
+    CHECK(header.text("text") == "words");
+    CHECK(header.text("u8").empty());
+    CHECK(header.text("missing").empty());
+}
+
+TEST_CASE("what a configuration leaves open takes what transformers and llama.cpp take")
+{
+    const auto target_of = [](const std::string& fields, bool as_text = false) {
+        const auto inner = R"({"architectures":["LlamaForCausalLM"])" + (fields.empty() ? "" : "," + fields) + "}";
+        return gguf_target_of(
+            parse_json(as_text ? R"({"tie_word_embeddings":true,"text_config":)" + inner + "}" : inner, "config.json"),
+            "config.json");
+    };
+    CHECK(target_of("").heads == 0);
+    CHECK(target_of(R"("num_attention_heads":8)").kv_heads == 8); // as many as heads where nothing is said
+    CHECK(target_of(R"("num_attention_heads":8,"num_key_value_heads":2)").kv_heads == 2);
+    CHECK(target_of(R"("num_attention_heads":"8")").heads == 0);
+    CHECK_FALSE(target_of("").tied);
+    CHECK(target_of(R"("tie_word_embeddings":true)").tied);
+    CHECK(target_of("", true).tied); // said outside
+    CHECK_FALSE(target_of(R"("tie_word_embeddings":false)", true).tied);
+    CHECK_FALSE(target_of(R"("tie_word_embeddings":"yes")").tied);
+    CHECK(gguf_target_of(parse_json(R"({"architectures":["GemmaForCausalLM"],"text_config":5})", "f"), "f").tied);
+    for (const char* wrong : {R"({"architectures":[]})", R"({"architectures":[7]})", R"({"architectures":"Llama"})"}) {
+        CAPTURE(wrong);
+        CHECK_THROWS_WITH_AS((void)gguf_target_of(parse_json(wrong, "f"), "f"),
+            doctest::Contains("has no \"architectures\""), format_error);
+    }
+}
+
+TEST_CASE("names of llama.cpp and of transformers are told from what looks like them")
+{
+    const gguf_target llama{"llama"}, moe{"qwen2moe"}, phi2{"phi2"};
+    for (const auto& [module, name] : {std::pair("model.layers.3.self_attn.q_proj", "blk.3.attn_q.weight"),
+             std::pair("layers.3.self_attn.q_proj", "blk.3.attn_q.weight"),
+             std::pair("model.embed_tokens", "token_embd.weight"), std::pair("lm_head", "output.weight"),
+             std::pair("model.layers.3.block_sparse_moe.gate", "blk.3.ffn_gate_inp.weight")}) {
+        CHECK(gguf_tensor_name(module, llama) == name);
+    }
+    for (const char* module :
+        {"model.layers.q_proj", "model.layers..self_attn.q_proj", "model.layers.x.self_attn.q_proj", "model.layers.3",
+            "layers.", "my_lm_head", "model.norm", "model.layers.3.self_attn.dense", ""}) {
+        CAPTURE(module);
+        CHECK(gguf_tensor_name(module, llama).empty());
+    }
+    CHECK(gguf_tensor_name("model.layers.0.mlp.gate", moe) == "blk.0.ffn_gate_inp.weight");
+    CHECK(gguf_module_name("blk.0.ffn_gate_inp.weight", moe) == "model.layers.0.mlp.gate");
+    CHECK(gguf_module_name("blk.7.attn_output.weight", phi2) == "model.layers.7.self_attn.dense");
+    CHECK(gguf_module_name("token_embd.weight", phi2) == "model.embed_tokens");
+    CHECK(gguf_module_name("output.weight", phi2) == "lm_head");
+    for (const char* tensor : {"output_norm.weight", "blk.7.attn_q.bias", "blk.attn_q.weight", "blk..attn_q.weight",
+             "blk.x.attn_q.weight", "blk.7.weight", "blk.7.attn_sinks.weight", ""}) {
+        CAPTURE(tensor);
+        CHECK(gguf_module_name(tensor, phi2).empty());
+    }
+    CHECK_THROWS_WITH_AS((void)gguf_bytes({}, {{"w", dtype::u8, {4}}}, {std::vector<std::byte>(4)}),
+        "tensor 'w' has dtype U8, which GGUF does not have", dtype_mismatch);
+}
+
 TEST_CASE("a GGUF file that is damaged, cut or of another kind is refused by name")
 {
     const file_of sound;
@@ -258,6 +356,9 @@ TEST_CASE("a GGUF file that is damaged, cut or of another kind is refused by nam
         return refused(file);
     };
     says(with([](auto& f) { f.magic = "GGML"; }), "does not begin with 'GGUF'");
+    says(with([](auto& f) { f.magic = "\1\2\xff\x7f"s; }), "but with the bytes 01 02 ff 7f: it is damaged");
+    says(with([](auto& f) { f.magic = "\x1fGML"s; }), "but with the bytes 1f 47 4d 4c");
+    says(with([](auto& f) { f.version = u32(0); }), "is GGUF of version 0");
     says(with([](auto& f) { f.version = u32(1); }), "is GGUF of version 1");
     says(with([](auto& f) { f.version = u32(4); }), "is GGUF of version 4");
     says(with([](auto& f) { f.version = "\0\0\0\3"s; }), "is a big-endian GGUF file");
@@ -277,8 +378,11 @@ TEST_CASE("a GGUF file that is damaged, cut or of another kind is refused by nam
             message("general.alignment is ", alignment, "; expected a power of two"));
     }
     says(with([](auto& f) { f.keys[4] = text("general.alignment") + u32(8) + text("x"); }), "no unsigned number");
+    says(with([](auto& f) { f.keys[4] = text("general.alignment") + u32(10) + u64(std::uint64_t{1} << 32); }),
+        "general.alignment is 4294967296");
     const auto tensor = [&](const std::string& made) { return with([&](auto& f) { f.tensors[0] = made; }); };
     const std::string name = "blk.1.attn_v.weight.lora_a";
+    says(tensor(file_of::tensor("\xff", {1}, 0, 0)), "the name of tensor 1 is no UTF-8");
     says(tensor(file_of::tensor(name, {}, 0, 0)), "has 0 extents");
     says(tensor(file_of::tensor(name, {1, 1, 1, 1, 1}, 0, 0)), "has 5 extents");
     says(tensor(file_of::tensor(name, {3, 0}, 0, 0)), "has an extent of 0");

@@ -87,13 +87,23 @@ TEST_CASE("the number of values is bounded")
         (void)parse_json(numbers + ",0]", "file"), doctest::Contains("more than 2000000 values"), format_error);
 }
 
+TEST_CASE("texts and flags under a key are those of the right type, and nothing otherwise")
+{
+    const auto object = parse_json(R"({"text":"words","yes":true,"no":false,"one":1,"none":null})", "f");
+    CHECK(text_under(object, "text") == "words");
+    for (const char* key : {"yes", "one", "none", "missing"}) { CHECK(text_under(object, key).empty()); }
+    CHECK(flag_under(object, "yes"));
+    for (const char* key : {"no", "one", "text", "none", "missing"}) { CHECK_FALSE(flag_under(object, key)); }
+}
+
 TEST_CASE("UTF-8 is recognised by its definition")
 {
     CHECK(is_utf8(""));
     CHECK(is_utf8(
         "a\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xef\xbf\xbf\xf0\x90\x80\x80\xf4\x8f\xbf\xbf"));
     for (const std::string text : {"\x80", "\xc1\xbf", "\xc2", "\xc2z", "\xe0\x9f\xbf", "\xed\xa0\x80", "\xe1\x80",
-             "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xf1\x80\x80"}) {
+             "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xf1\x80\x80", "\xe1z\x80", "\xe1\x80z",
+             "\xf1z\x80\x80", "\xf1\x80z\x80", "\xf1\x80\x80z", "\xff"}) {
         CHECK_FALSE(is_utf8(text));
     }
 }
@@ -120,4 +130,5 @@ TEST_CASE("Python's constants become strings and come back, outside of strings a
         == R"({"a":[NaN,Infinity,-Infinity,1],"NaN":"x\\","b":"\"NaN"})");
     CHECK_THROWS_AS((void)parse_json(text, "f"), format_error);
     CHECK_THROWS_AS((void)parse_configuration("{\"a\": Infinit}", "f"), format_error);
+    CHECK_THROWS_AS((void)parse_configuration("\"a\\", "f"), format_error); // cut behind a backslash
 }

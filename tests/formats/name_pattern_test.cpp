@@ -74,6 +74,11 @@ TEST_CASE("a pattern beyond its budget is refused before it is compiled")
     CHECK(name_pattern("layers\\.[0-9]{1,2}\\.(q|v)_proj").matches("layers.31.q_proj"));
     CHECK(name_pattern("[{]x{3}\\{").matches("{xxx{"));
     CHECK(name_pattern("[[:digit:]]{2}").matches("31"));
+    CHECK(name_pattern("[[a]{2}").matches("[a")); // a bracket in a class, which names no class
+    for (const char* cut : {"a{", "a{2", "a{2,", "(", "[[", "[[:", "[[:a", "[\\"}) { // cut short anywhere
+        CAPTURE(cut);
+        CHECK_THROWS_AS(name_pattern{cut}, invalid_argument);
+    }
 }
 
 TEST_CASE("the worst patterns within the budget take moments")
