@@ -16,8 +16,11 @@
 
 #include <cmath>
 #include <deque>
+#include <functional>
 #include <map>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace quantised_test {
@@ -241,7 +244,8 @@ TEST_CASE("block sizes come from the configuration, where it says them")
     spill(folder / "config.json",
         R"({"quantization_config": {"config_groups": {"group_0": {"weights": {"block_structure": [16, 8]}}}}})");
     CHECK(read_quantisation_hints(folder / "config.json").block == extents{16, 8});
-    for (const std::string wrong : {"[0, 32]", "[]", "64", R"("64x")", R"("x64")", R"("64 by 64")", R"("0x64")"}) {
+    for (const std::string wrong : {"[0, 32]", "[]", "64", R"("64x")", R"("x64")", R"("64 by 64")", R"("0x64")",
+             "[-1, 32]", "[1.5, 32]", "[4294967296, 32]", R"("4294967296x32")", R"(["64", 32])"}) {
         CAPTURE(wrong);
         spill(folder / "config.json", R"({"quantization_config": {"weight_block_size": )" + wrong + "}}");
         CHECK_THROWS_AS((void)read_quantisation_hints(folder / "config.json"), format_error);
@@ -289,6 +293,17 @@ TEST_CASE("what a configuration says of quantisation is found in each spelling, 
                 false, ""},
             {R"({"compression_config": )" + group(floating + R"("block_structure": [16, 8])") + "}", {16, 8}, true,
                 "compression_config.config_groups.group_0.weights.block_structure"},
+            {R"({"quantization_config": )" + group(floating + R"("block_structure": "16X8")") + "}", {16, 8}, true,
+                in_group + "block_structure"},
+            {R"({"quantization_config": )" + group(floating + R"("group_size": 0)") + "}", {}, true, ""},
+            {R"({"quantization_config": )" + group(floating + R"("group_size": -1)") + "}", {}, true, ""},
+            {R"({"quantization_config": )" + group(floating + R"("group_size": 4294967296)") + "}", {}, true, ""},
+            {R"({"quantization_config": )" + group(R"("num_bits": "8", "type": "float", "group_size": 64)") + "}", {},
+                false, ""},
+            {R"({"quantization_config": {"config_groups": [{}]}})", {}, false, ""},
+            {R"({"quantization_config": {"config_groups": {"a": 5, "b": {}, "c": {"weights": []}}}})", {}, false, ""},
+            {R"({"quantization_config": 5, "compression_config": {"quant_method": "fp8"}})", {}, true, ""},
+            {R"([{"quantization_config": {"quant_method": "fp8"}}])", {}, false, ""},
             {R"({"model_type": "x", "text_config": {}})", {}, false, ""}}) {
         CAPTURE(said.config);
         const auto found = hints(said.config);
@@ -300,6 +315,17 @@ TEST_CASE("what a configuration says of quantisation is found in each spelling, 
         R"({"quantization_config": {"weight_block_size": [128, 128], "config_groups": {"a": {"weights": {"block_structure": "64x64"}}}}})");
     CHECK(several.block == extents{128, 128});
     CHECK(several.more_blocks == std::vector<extents>{{64, 64}});
+    const auto twice = hints(
+        R"({"quantization_config": {"weight_block_size": [8, 8], "scale_fmt": "ue8m0"}, "text_config": {"quantization_config": {"weight_block_size": [8, 8]}}})");
+    CHECK(twice.block == extents{8, 8});
+    CHECK(twice.more_blocks.empty());
+    CHECK(twice.powers_of_two);
+    // ComfyUI's, in the metadata of a file.
+    CHECK(detail::comfy_formats(R"({"layers": {"l": {"format": "nvfp4"}, "k": 5, "j": {}}})")
+        == std::map<std::string, std::string, std::less<>>{{"j", ""}, {"l", "nvfp4"}});
+    for (const char* nothing : {"", "{", "5", "{}", R"({"layers": []})", R"({"layers": {}})"}) {
+        CHECK(detail::comfy_formats(nothing).empty());
+    }
 }
 
 TEST_CASE("blocks cut at the edges: as the configuration says, or the only power of two, or none")
@@ -370,7 +396,9 @@ TEST_CASE("FP8 whose scale was lost is no numbers where anything says that it ha
     };
     CHECK(what({}).empty());
     CHECK(what({.block = {64, 64}, .file = "config.json"}).empty());
-    CHECK(what({.absent = {"k.weight_scale", "l.bias", "l.weight.x"}}).empty());
+    CHECK(what({.absent = {"k.weight_scale", "l.bias", "l.weight.x", "l.weight.", "l.weight.a.scale", "l.a.scale",
+                    "l.other_s", "l.weight"}})
+            .empty());
     CHECK(what({.file = "config.json", .scaled_fp8 = true})
         == "is FP8 without a scale ('l.weight_scale'), which layers have by what 'config.json' says of quantisation");
     for (const std::string name : {"l.weight_scale", "l.weight_scale_inv", "l.scale", "l.qscale_weight"}) {
@@ -464,14 +492,32 @@ TEST_CASE("MXFP4 and NVFP4: nibbles, low first, times the scale of their group")
         }
         check_runs(layers.model()[0].tensor, expected, random);
     }
-    for (const std::string way : {"mxfp4", "modelopt", "compressed-tensors"}) {
-        const std::size_t out = 6, in = 96, group = way == "mxfp4" ? 32 : 16;
+    { // without experts: out, in / 32, 16; not turned
+        owned_model stored;
+        const auto packed = bytes(5 * 3 * 16, 0, 256), scales = bytes(5 * 3, 110, 30);
+        stored.add("m.up_blocks", dtype::u8, {5, 3, 16}, packed);
+        stored.add("m.up_scales", dtype::u8, {5, 3}, scales);
+        const quantised_layers layers(stored.model());
+        REQUIRE(layers.model().size() == 1);
+        REQUIRE(layers.model()[0].tensor.shape == extents{5, 96});
+        std::vector<float> expected(5 * 96);
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            expected[i] = std::ldexp(number(packed, i), static_cast<unsigned char>(scales[i / 32]) - 127);
+        }
+        check_runs(layers.model()[0].tensor, expected, random);
+    }
+    for (const std::string way : {"mxfp4", "e8m0", "modelopt", "compressed-tensors"}) {
+        const bool mx = way == "mxfp4" || way == "e8m0";
+        const std::size_t out = 6, in = 96, group = mx ? 32 : 16;
         owned_model stored;
         const auto packed = bytes(out * in / 2, 0, 256);
-        const auto scales = way == "mxfp4" ? bytes(out * in / group, 110, 30) : bytes(out * in / group, 1, 126);
+        const auto scales = mx ? bytes(out * in / group, 110, 30) : bytes(out * in / group, 1, 126);
         const float global = 0.37f;
         stored.add(way == "modelopt" ? "l.weight" : "l.weight_packed", dtype::u8, {6, 48}, packed);
-        stored.add("l.weight_scale", way == "mxfp4" ? dtype::u8 : dtype::f8_e4m3,
+        stored.add("l.weight_scale",
+            way == "mxfp4" ? dtype::u8
+                : mx       ? dtype::f8_e8m0
+                           : dtype::f8_e4m3,
             {6, static_cast<std::int64_t>(in / group)}, scales);
         if (way == "modelopt") { stored.add("l.weight_scale_2", {}, {global}); }
         if (way == "compressed-tensors") { stored.add("l.weight_global_scale", {1}, {global}); }
@@ -482,7 +528,7 @@ TEST_CASE("MXFP4 and NVFP4: nibbles, low first, times the scale of their group")
         std::vector<float> expected(out * in);
         for (std::size_t i = 0; i < expected.size(); ++i) {
             const auto code = static_cast<unsigned char>(scales[i / group]);
-            const float scale = way == "mxfp4"
+            const float scale = mx
                 ? std::ldexp(1.0f, code - 127)
                 : static_cast<float>(meaning_of(code, dtype::f8_e4m3)) * (way == "modelopt" ? global : 1.0f / global);
             expected[i] = number(packed, i) * scale;
@@ -536,6 +582,27 @@ TEST_CASE("quantising again: fresh scales from the largest magnitudes, codes to 
                 }
             }
         }
+    }
+}
+
+TEST_CASE("where the configuration says powers of two, fresh scales in F32 are such")
+{
+    random_words random("powers");
+    fp8_layer made;
+    make(made, {{4, 6}, {4, 1}, 1, 6}, dtype::f8_e4m3, dtype::f32, random);
+    const quantised_layers layers(made.stored.model(), [] { return quantisation_hints{.powers_of_two = true}; });
+    REQUIRE(layers.unread().empty());
+    const auto& layer = layers.layers()[0].layer();
+    CHECK(layer.powers_of_two);
+    std::vector<float> values, scales(4);
+    for (std::size_t i = 0; i < 24; ++i) { values.push_back(random.between(-9, 9)); }
+    std::vector<std::uint8_t> codes(24);
+    memory_sink sink({codes.data(), scales.data()});
+    quantise_fp8(layer, values.data(), sink, 0, 1);
+    for (std::size_t row = 0; row < 4; ++row) {
+        float largest = 0;
+        for (std::size_t i = 0; i < 6; ++i) { largest = std::max(largest, std::abs(values[6 * row + i])); }
+        CHECK(std::log2(scales[row]) == std::ceil(std::log2(largest / 448.0f)));
     }
 }
 
@@ -753,16 +820,182 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
             },
             "q.up", "the scale nan"},
         {"MXFP4 without scales", [&](owned_model& m) { m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes); }, "q.up",
-            "without scales"}};
+            "without scales"},
+        {"MXFP4 with scales of another dtype",
+            [&](owned_model& m) {
+                m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes);
+                m.add("q.up_scales", {1, 1, 1}, {1});
+            },
+            "q.up", "without scales ('q.up_scales', U8)"},
+        {"MXFP4 beside its numbers",
+            [&](owned_model& m) {
+                m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes);
+                m.add("q.up_scales", dtype::u8, {1, 1, 1}, "\x7f");
+                m.add("q.up", {1}, {1});
+            },
+            "q.up", "is there twice, as it is and quantised ('q.up_blocks')"},
+        {"FNUZ",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3fnuz, {4, 4}, codes);
+                m.add("l.weight_scale", {}, {1});
+            },
+            "l.weight", "is quantised to F8_E4M3FNUZ"},
+        {"the other FNUZ",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e5m2fnuz, {4, 4}, codes);
+                m.add("l.weight_scale", {}, {1});
+            },
+            "l.weight", "is quantised to F8_E5M2FNUZ"},
+        {"Marlin, sparse",
+            [&](owned_model& m) {
+                i32(m, "q.B_24", {8, 2});
+                m.add("q.B_meta", dtype::i16, {8, 2}, std::string(32, '\1'));
+                m.add("q.s", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "(Marlin)"},
+        {"EXL3",
+            [&](owned_model& m) {
+                m.add("q.trellis", dtype::i16, {2, 4}, codes);
+                m.add("q.suh", {2}, {1, 1});
+            },
+            "q", "ExLlamaV3"},
+        {"QTIP",
+            [&](owned_model& m) {
+                m.add("q.trellis", dtype::i16, {2, 4}, codes);
+                m.add("q.tlut", {2}, {1, 1});
+                m.add("q.SU", {2}, {1, 1});
+            },
+            "q", "QTIP"},
+        {"VPTQ",
+            [&](owned_model& m) {
+                i32(m, "q.indices", {1, 2, 2});
+                m.add("q.centroids.weight", {1, 4}, {1, 1, 1, 1});
+                m.add("q.weight_scale", {2}, {1, 1});
+            },
+            "q", "VPTQ"},
+        {"HQQ",
+            [&](owned_model& m) {
+                m.add("q.W_q", dtype::u8, {4, 4}, codes);
+                m.add("q.scale", {4, 1}, {1, 1, 1, 1});
+                m.add("q.zero", {4, 1}, {1, 1, 1, 1});
+            },
+            "q", "HQQ"},
+        {"Quanto",
+            [&](owned_model& m) {
+                m.add("q.weight._data", dtype::i8, {4, 4}, codes);
+                m.add("q.weight._scale", {4, 1}, {1, 1, 1, 1});
+            },
+            "q.weight", "Quanto"},
+        {"FP4",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::u8, {8, 1}, std::string(8, '\1'));
+                m.add("q.weight.absmax", {1}, {1});
+                m.add("q.weight.quant_state.bitsandbytes__fp4", dtype::u8, {2}, "{}");
+            },
+            "q.weight", "FP4 by bitsandbytes"},
+        {"four bits of no kind",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::u8, {8, 1}, std::string(8, '\1'));
+                m.add("q.weight.absmax", dtype::u8, {1}, "\1");
+                m.add("q.weight.nested_absmax", {1}, {1});
+            },
+            "q.weight", "to 4 bits by bitsandbytes"},
+        {"words of integers",
+            [&](owned_model& m) {
+                i32(m, "q.weight", {4, 1});
+                m.add("q.weight_scales", {4, 1}, {1, 1, 1, 1});
+            },
+            "q.weight", "to integers"},
+        {"packed codes alone", [&](owned_model& m) { m.add("q.weight_packed", dtype::u8, {2, 8}, codes); }, "q.weight",
+            "packed codes without 'weight_scale'"},
+        {"packed with scales of F32",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::u8, {2, 8}, codes);
+                m.add("q.weight_scale", {2, 1}, {1, 1});
+            },
+            "q.weight", "with scales of F32: neither MXFP4 nor NVFP4"},
+        {"one row of packed codes",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::u8, {16}, codes);
+                m.add("q.weight_scale", dtype::u8, {1}, "\x7f");
+            },
+            "q.weight", "packed codes of shape [16]; expected [out, in / 2]"},
+        {"rows that are no whole groups",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::u8, {4, 4}, codes);
+                m.add("q.weight_scale", dtype::u8, {4, 1}, "\x7f\x7f\x7f\x7f");
+            },
+            "q.weight", "numbers of shape [4, 8], whose rows are no multiple of 32"},
+        {"FP8 without a scale beside a mark",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
+                m.add("scaled_fp8", dtype::f8_e4m3, {0}, "");
+            },
+            "l.weight", "which other layers of the model have"},
+        {"a scale of Mistral's alone", [&](owned_model& m) { m.add("l.qscale_weight", {}, {1}); }, "l.weight",
+            "a scale ('l.qscale_weight') and no codes"},
+        {"a scale of ComfyUI's alone", [&](owned_model& m) { m.add("l.scale_weight", {}, {1}); }, "l.weight",
+            "a scale ('l.scale_weight') and no codes"},
+        {"a scale of words that are no codes",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::u16, {2, 4}, codes);
+                m.add("l.weight_scale", {}, {1});
+            },
+            "l.weight", "a scale ('l.weight_scale') and no codes"},
+        {"a scale behind its word",
+            [&](owned_model& m) {
+                m.add("e.gate", dtype::f8_e4m3, {4, 4}, codes);
+                m.add("e.scale_gate", {}, {1});
+                m.add("e.scale_other", {}, {1});
+            },
+            "e.gate", "says too little ('e.scale_gate')"},
+        {"ComfyUI's mark alone", [&](owned_model& m) { m.add("q.comfy_quant", dtype::u8, {2}, "{}"); }, "q.weight",
+            "by ComfyUI as '?' ('q.comfy_quant'), and has no codes"}};
     auto all = faults;
     for (const std::string name : {"l.scales", "l.scale_inv", "l.weight.scale", "l.weight_s", "l.weight_scale_2",
-             "l.weight_global_scale", "l.s", "l.weight_zero_point"}) {
+             "l.weight_global_scale", "l.s", "l.weight_zero_point", "l.weight_amax", "l.weight_absmax_1"}) {
         all.push_back({"a scale of another name",
             [&codes, name](owned_model& m) {
                 m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
                 m.add(name, {1}, {1});
             },
             "l.weight", "a scale of a name that says too little ('" + name + "')"});
+    }
+    for (const auto& [shape, scales] : std::vector<std::pair<extents, extents>>{{{16}, {}}, {{1, 16}, {1}},
+             {{1, 1, 1, 1, 16}, {1, 1, 1, 1}}, {{1, 2, 8}, {1, 2}}, {{1, 1, 16}, {1, 2}}, {{}, {}}}) {
+        all.push_back({"MXFP4 of other shapes",
+            [&codes, shape, scales](owned_model& m) {
+                m.add("q.up_blocks", dtype::u8, shape, codes.substr(0, element_count(shape)));
+                m.add("q.up_scales", dtype::u8, scales, std::string(element_count(scales), '\x7f'));
+            },
+            "q.up", "has MXFP4 codes of shape " + to_string(shape) + " and scales of shape " + to_string(scales)});
+    }
+    for (const auto& [type, values, words] : std::vector<std::tuple<dtype, std::vector<float>, std::string>>{
+             {dtype::f32, {1, 1}, "a global scale of F32 [2]; expected one F32"},
+             {dtype::u32, {1}, "a global scale of U32 [1]; expected one F32"},
+             {dtype::f32, {0}, "the global scale 0; expected a positive number"},
+             {dtype::f32, {-1}, "the global scale -1; expected a positive number"},
+             {dtype::f32, {HUGE_VALF}, "the global scale inf; expected a positive number"},
+             {dtype::f32, {NAN}, "the global scale nan; expected a positive number"},
+             {dtype::f32, {1e-40f}, ", by which nothing can be divided"}}) {
+        all.push_back({"NVFP4 with a global scale that is none",
+            [&codes, type, values](owned_model& m) {
+                m.add("q.weight_packed", dtype::u8, {2, 8}, codes);
+                m.add("q.weight_scale", dtype::f8_e4m3, {2, 1}, "\x38\x38");
+                m.add("q.weight_global_scale", type, {static_cast<std::int64_t>(values.size())},
+                    std::string(reinterpret_cast<const char*>(values.data()), 4 * values.size()));
+            },
+            "q.weight", words});
+    }
+    for (const auto& mark : {std::string("no JSON"), std::string("[1]"), std::string(R"({"format": ""})"),
+             R"({"format": ")" + std::string(41, 'x') + "\"}"}) {
+        all.push_back({"a mark of ComfyUI that says nothing",
+            [&codes, mark](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
+                m.add("l.weight_scale", {}, {1});
+                m.add("l.comfy_quant", dtype::u8, {static_cast<std::int64_t>(mark.size())}, mark);
+            },
+            "l.weight", "by ComfyUI as '?'"});
     }
     for (const auto& fault : all) {
         CAPTURE(fault.words);
@@ -827,9 +1060,18 @@ TEST_CASE("what is not quantised stays as it is")
     stored.add("ids", dtype::i64, {1, 2}, std::string(16, '\1'));
     stored.add("q.zero_point", dtype::i32, {2, 1}, std::string(8, '\1')); // of a fake quantiser
     stored.add("q.scale", {}, {3});
+    // One tensor of a scheme without what would make it one.
+    stored.add("m.B", dtype::i32, {2, 2}, std::string(16, '\1'));
+    stored.add("m.indices", dtype::i64, {2, 1}, std::string(16, '\1'));
+    stored.add("m.codes", dtype::u8, {2, 2}, std::string(4, '\1'));
+    stored.add("m.weight._data", dtype::i8, {2, 2}, std::string(4, '\1'));
+    stored.add("m.SCB", {1}, {1});
+    stored.add("m.up_blocks", dtype::u8, {2, 2}, std::string(4, '\1'));
+    stored.add("n.weight", dtype::u8, {2, 2}, std::string(4, '\1'));
+    stored.add("o.weight", dtype::f8_e4m3fnuz, {2, 2}, std::string(4, '\1'));
     const quantised_layers layers(stored.model());
     CHECK(!layers.any());
-    CHECK(layers.model().size() == 12);
+    CHECK(layers.model().size() == 20);
 }
 
 TEST_CASE("scales are told apart by the longest name that they continue")
@@ -855,12 +1097,13 @@ TEST_CASE("markers and scales of inputs go with their layers, and are no tensors
     made.stored.add("l.scale_input", {}, {0.5f});
     made.stored.add("scaled_fp8", dtype::f8_e4m3, {0}, "");
     made.stored.add("attn.k_scale", {}, {0.25f});
+    made.stored.add("attn.output_scale", {}, {0.25f});
     made.stored.add("norm", {2}, {1, 2});
     const quantised_layers layers(made.stored.model());
     REQUIRE(layers.unread().empty());
     CHECK(layers.model().size() == 2);
     CHECK(layers.layers()[0].layer().parts.size() == 3);
-    CHECK(layers.beside().size() == 2);
+    CHECK(layers.beside().size() == 3);
 }
 
 TEST_CASE("merges through a quantising sink: the numbers of the merge in f32, quantised")

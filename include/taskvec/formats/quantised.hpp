@@ -419,11 +419,14 @@ private:
                         + to_string(global->shape) + "; expected one F32",
                     repair());
             }
-            layer.factor = detail::scale_at(*global, 0);
-            if (!(layer.factor > 0) || !std::isfinite(layer.factor)) {
-                return wrong(message("has the global scale ", layer.factor, "; expected a positive number"), repair());
+            const float given = detail::scale_at(*global, 0);
+            if (!(given > 0) || !std::isfinite(given)) {
+                return wrong(message("has the global scale ", given, "; expected a positive number"), repair());
             }
-            if (!factor) { layer.factor = 1.0f / layer.factor; }
+            layer.factor = factor ? given : 1.0f / given;
+            if (!std::isfinite(layer.factor)) {
+                return wrong(message("has the global scale ", given, ", by which nothing can be divided"), repair());
+            }
         }
         if (value.shape.size() < 2) {
             return wrong("has packed codes of shape " + to_string(value.shape) + "; expected [out, in / 2]", repair());
@@ -432,7 +435,12 @@ private:
         layer.shape.back() *= 2;
         auto expected = layer.shape;
         expected.back() = (expected.back() + group - 1) / group;
-        if (scales->shape != expected || layer.shape.back() % group != 0) {
+        if (layer.shape.back() % group != 0) {
+            return wrong("has numbers of shape " + to_string(layer.shape) + ", whose rows are no multiple of "
+                    + std::to_string(group),
+                repair());
+        }
+        if (scales->shape != expected) {
             return wrong("has scales of shape " + to_string(scales->shape) + " for numbers of shape "
                     + to_string(layer.shape) + "; expected " + to_string(expected),
                 repair());
