@@ -9,6 +9,7 @@
 
 #include <csignal>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -44,6 +45,7 @@ TEST_CASE("an empty file maps to nothing; what is no regular file is refused")
     spill(folder / "empty", "");
     const mapped_file nothing(folder / "empty");
     CHECK(nothing.bytes().empty());
+    nothing.advise(0); // of nothing: no call
     CHECK_THROWS_AS(mapped_file(folder / "missing"), io_error);
     CHECK_THROWS_AS(mapped_file(folder.path()), io_error);
 #if defined(_WIN32)
@@ -107,6 +109,109 @@ TEST_CASE("an atomic file appears at commit and not before, and leaves nothing w
     }
     CHECK(slurp(folder / "moved") == "m");
     CHECK(folder.names() == std::set<std::string>{"moved", "out"});
+    {
+        atomic_file first(folder / "dropped", 1), second(folder / "out", 1);
+        first = std::move(second); // what it wrote before goes
+        CHECK(folder.names().size() == 3);
+        first.write(0, "z", 1);
+        first.commit();
+    }
+    CHECK(slurp(folder / "out") == "z");
+    CHECK(folder.names() == std::set<std::string>{"moved", "out"});
+}
+
+TEST_CASE("a finished file's bytes are taken as they are, on its own file system or another")
+{
+    const scratch folder;
+    spill(folder / "done", "abc");
+    {
+        atomic_file file(folder / "out", 3);
+        file.take(folder / "done");
+        file.commit();
+    }
+    CHECK(slurp(folder / "out") == "abc");
+    CHECK(slurp(folder / "done") == "abc");
+    {
+        atomic_file file(folder / "out", 3);
+        CHECK_THROWS_WITH_AS(file.take(folder / "missing"), doctest::Contains("cannot take the bytes of '"), io_error);
+    }
+    CHECK(slurp(folder / "out") == "abc");
+    CHECK(folder.names() == std::set<std::string>{"done", "out"});
+#if defined(__linux__)
+    const auto elsewhere = std::filesystem::path("/dev/shm") / message("taskvec-test-taken-", ::getpid());
+    detail::system::status here, there;
+    if (!detail::system::look_at(folder.path(), here) || !detail::system::look_at("/dev/shm", there)
+        || here.device == there.device || ::access("/dev/shm", W_OK) != 0) {
+        testing::skip("no file was taken from another file system: /dev/shm is none here");
+        return;
+    }
+    spill(elsewhere, "from elsewhere");
+    {
+        atomic_file file(folder / "out", 3);
+        file.take(elsewhere);
+        file.commit();
+    }
+    std::filesystem::remove(elsewhere);
+    CHECK(slurp(folder / "out") == "from elsewhere");
+#endif
+}
+
+#if !defined(_WIN32)
+TEST_CASE("memory of a file without a name is there, leaves nothing, and says why where it cannot be")
+{
+    const scratch folder;
+    for (const auto& place : {folder.path(), std::filesystem::path()}) { // empty: here
+        constexpr std::size_t bytes = 1 << 16;
+        void* const memory = detail::map_unnamed_file(place, bytes, "tensors");
+        std::memset(memory, 7, bytes);
+        CHECK(static_cast<const unsigned char*>(memory)[bytes - 1] == 7);
+        detail::system::unmap(memory, bytes);
+    }
+    CHECK(folder.names().empty());
+    CHECK_THROWS_WITH_AS((void)detail::map_unnamed_file(folder / "missing", 4096, "tensors"),
+        doctest::Contains("cannot create a temporary file in it"), io_error);
+    CHECK_THROWS_WITH_AS((void)detail::map_unnamed_file(folder.path(), std::uint64_t{1} << 63, "tensors"),
+        doctest::Contains("cannot reserve space for tensors"), io_error);
+    CHECK(folder.names().empty());
+}
+#endif
+
+TEST_CASE("what is removed in a hurry is a temporary name with all in it, and of others no more than a name")
+{
+    const scratch folder;
+    std::filesystem::create_directories(folder / ".taskvec-1-directory-1.tmp/a/b");
+    spill(folder / ".taskvec-1-directory-1.tmp/a/file", "x");
+    std::filesystem::create_directories(folder / "made/with");
+    std::filesystem::create_directory(folder / "empty");
+    spill(folder / "file", "x");
+    for (const char* name : {".taskvec-1-directory-1.tmp", "made", "empty", "file", "missing"}) {
+        remove_temporary((folder / name).string().c_str());
+    }
+    CHECK(folder.names() == std::set<std::string>{"made"}); // which is not empty
+    const auto before = std::filesystem::current_path();
+    spill(folder / ".taskvec-1-1.tmp", "x");
+    std::filesystem::current_path(folder.path());
+    remove_temporary(".taskvec-1-1.tmp"); // a name without a directory
+    std::filesystem::current_path(before);
+    CHECK(folder.names() == std::set<std::string>{"made"});
+}
+
+TEST_CASE("names that look like temporary ones are left alone")
+{
+    const scratch folder;
+    const auto own = std::to_string(detail::system::process());
+    for (const auto& name : {std::string(".taskvec-1x.tmp"), std::string(".taskvec-.tmp"),
+             std::string(".taskvec-99999999999999999999-1.tmp"), std::string(".taskvec--1-1.tmp"),
+             std::string("taskvec-1-1.tmp"), std::string(".taskvec-1-1"), ".taskvec-" + own + "-1.tmp"}) {
+        CAPTURE(name);
+        CHECK_FALSE(is_left_over(name));
+    }
+    const auto file = ".taskvec-" + own + "-directory-1.tmp", other = ".taskvec-" + own + "-1.tmp";
+    spill(folder / file, "a file, and no directory of old ones");
+    std::filesystem::create_directory(folder / other);
+    const directory_lock lock(folder.path());
+    CHECK(finish_replacements(folder.path(), lock).empty());
+    CHECK(folder.names() == std::set<std::string>{".taskvec-lock", file, other});
 }
 
 #if !defined(_WIN32)
@@ -320,6 +425,10 @@ TEST_CASE("what a holder noted in its lock is there for who takes it over")
     CHECK(folder.names() == std::set<std::string>{".taskvec-lock"});
     CHECK(directory_lock(folder.path()).noted() == std::string(5000, 'x'));
     CHECK(folder.names().empty());
+    directory_lock none(folder / "missing"); // what is wrong is found when files are made in it
+    CHECK(none.path().empty());
+    none.note("nobody reads this");
+    CHECK(none.noted().empty());
 }
 
 TEST_CASE("a file that is closed for a while goes on where it was")
@@ -394,6 +503,14 @@ TEST_CASE("a directory that is exchanged has its new files all at once, and keep
     }
     CHECK(slurp(folder / "out/a") == "newer a");
     CHECK(scratch::names_in(folder / "out") == std::set<std::string>{"a", "b", "inner", "kept"});
+    {
+        output_directory out(folder / "out", durability::process, existing_directory::exchange);
+        write_text_file(out.path() / "a", "newest a");
+        write_text_file(out.path() / "new", "new");
+        out.commit();
+    }
+    CHECK(slurp(folder / "out/a") == "newest a");
+    CHECK(scratch::names_in(folder / "out") == std::set<std::string>{"a", "b", "inner", "kept", "new"});
 }
 
 TEST_CASE("what a killed process of the same number left is in nobody's way")
