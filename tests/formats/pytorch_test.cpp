@@ -239,7 +239,8 @@ TEST_CASE("tensors whose numbers are not their bytes are refused by name")
     };
     for (const std::string function : {"_rebuild_tensor_v2", "_rebuild_tensor_v3"}) {
         CAPTURE(function);
-        for (const auto& harmless : {""s, "N"s, "}"s, dictionary({{"neg", "\x89"}, {"conj", "\x89"}})}) {
+        for (const auto& harmless :
+            {""s, "N"s, "}"s, "\x89"s, number(0), dictionary({{"neg", "\x89"}, {"conj", "\x89"}})}) {
             CHECK(with(function, harmless).empty());
         }
         const auto negated = with(function, dictionary({{"conj", "\x89"}, {"neg", "\x88"}}));
@@ -249,9 +250,11 @@ TEST_CASE("tensors whose numbers are not their bytes are refused by name")
         CHECK_MESSAGE(conjugated.find("tensor 'w' is a view that is conjugated") != conjugated.npos, conjugated);
         const auto other = with(function, dictionary({{"scale", "\x89"}}));
         CHECK_MESSAGE(other.find("says 'scale' of tensor 'w'") != other.npos, other);
-        for (const auto& odd : {number(1), text("neg")}) {
+        for (const auto& odd : {number(1), text("neg"), "]"s}) {
             CHECK(with(function, odd).find("says more of tensor 'w'") != std::string::npos);
         }
+        CHECK(with(function, "}" + number(1) + "\x89s").find("says '' of tensor 'w'") != std::string::npos);
+        CHECK(with(function, dictionary({{"neg", text("no")}})).find("is negated") != std::string::npos);
     }
 }
 
@@ -422,6 +425,8 @@ TEST_CASE("the model of a training checkpoint is found where it lies")
     };
     CHECK(found({{"state_dict", state}, {"best_acc1", one}})
         == "w b 'm.bin': its 'state_dict' is taken; beside it 1 tensor is left out");
+    CHECK(found({{"state_dict", state}, {"best", one}, {"worst", one}})
+        == "w b 'm.bin': its 'state_dict' is taken; beside it 2 tensors are left out");
     CHECK(found({{"rng_state", one}, {"epoch", number(3)}, {"model", state}, {"optimizer", optimizer}})
         == "w b 'm.bin': its 'model' is taken; beside it 1 tensor is left out");
     for (const std::string name : {"net", "network", "generator", "model_ema", "anything"}) {
@@ -466,6 +471,33 @@ TEST_CASE("archives that are sound in other ways")
         + brief("_rebuild_tensor_v2") + "\x93(" + "(" + brief("storage") + brief("torch") + brief("FloatStorage")
         + "\x93" + brief("0") + brief("cpu") + "K\x04tQK\0"s + "K\x04\x85K\x01\x85\x89NtRu.";
     CHECK(read(file_of(newer).bytes()).header.entries.size() == 1);
+    // An older function with fewer arguments, another type than the storage's, numbers of a byte and of none.
+    const auto older = global("torch._utils", "_rebuild_tensor") + "(" + storage("0", 4)
+        + "\x8a\x01\x02\x8a\x01\x02\x85" + "\x8a\x01\x01\x85" + "tR";
+    const auto half = read(file_of(pickle(dictionary({{"w", older}}))).bytes());
+    REQUIRE(half.header.entries.size() == 1);
+    CHECK(half.header.entries[0].bytes == 8);
+    const auto zero = global("torch._utils", "_rebuild_tensor") + "(" + storage("0", 4) + "\x8a"s + '\0' + "))tR";
+    CHECK(read(file_of(pickle(dictionary({{"w", zero}}))).bytes()).header.entries[0].shape.empty());
+    const auto typed = global("torch._utils", "_rebuild_tensor_v3") + "(" + storage("0", 16, "ByteStorage") + number(1)
+        + numbers({2}) + numbers({1}) + "\x89}" + global("torch", "float32") + "tR";
+    CHECK(read(file_of(pickle(dictionary({{"w", typed}}))).bytes()).header.entries[0].dtype == dtype::f32);
+    // Entries beside the model's folder, and values without names.
+    auto more = file_of(pickle("}(" + text("w") + tensor(storage("0", 4), 0, {4}, {1}) + number(7) + text("x") + "u"));
+    more.entries.push_back({"version", "3"});
+    CHECK(read(more.bytes()).notes
+        == std::vector<std::string>{"'m.bin': 1 value that is no tensor ('a number') is left out"});
+    CHECK(read(file_of(pickle("}(" + number(7) + text("x") + text("w") + tensor(storage("0", 4), 0, {4}, {1})
+                           + text("y") + "Nu"))
+                   .bytes())
+              .notes
+        == std::vector<std::string>{"'m.bin': 2 values that are no tensors ('a number' …) are left out"});
+    // Names of every length in UTF-8.
+    const std::string names = "a\u00e9\u20ac\xed\x9f\xbf\xee\x80\x80\U00010000\U0010ffff";
+    CHECK(read(file_of(pickle(dictionary({{names, tensor(storage("0", 4), 0, {4}, {1})}}))).bytes())
+              .header.entries[0]
+              .name
+        == names);
     // Others than tensors are counted.
     const auto mixed = read(file_of(
         pickle(dictionary({{"w", tensor(storage("0", 4), 0, {4}, {1})}, {"step", number(3)}, {"name", text("x")}})))
@@ -562,7 +594,65 @@ TEST_CASE("pickles that do more than build tensors, or build what does not fit")
         {pickle(dictionary({{"w", tensor(good, 0, {4}, {1})}, {"d", dictionary({{"v", tensor(good, 0, {4}, {1})}})}})),
             "more of them"},
         {pickle(deep), "no single value"}};
-    for (const auto& fault : faults) {
+    const auto with = [&](const std::string& arguments, const std::string& function = "_rebuild_tensor_v2") {
+        return one(global("torch._utils", function) + "(" + arguments + "tR");
+    };
+    const auto stored = [&](const std::string& id) { return one(tensor("(" + id + "tQ", 0, {4}, {1})); };
+    const std::string type = global("torch", "FloatStorage"), rest = text("cpu") + number(4),
+                      last = bytes_of(~0ull >> 1);
+    std::vector<fault> more{// Storages, tensors, sizes and parameters of the wrong values.
+        {stored(number(1) + type + text("0") + rest), "storage that is none"},
+        {stored(text("other") + type + text("0") + rest), "storage that is none"},
+        {stored(text("storage") + text("x") + text("0") + rest), "storage that is none"},
+        {stored(text("storage") + global("torch", "Size") + text("0") + rest), "storage that is none"},
+        {stored(text("storage") + type + number(0) + rest), "storage that is none"},
+        {stored(text("storage") + type + text("0") + text("cpu") + text("4")), "storage that is none"},
+        {stored(text("storage") + type + text("0") + text("cpu") + "\x88"), "storage that is none"},
+        {stored(text("storage") + type + text("0") + text("cpu")), "storage that is none"},
+        {with(good + number(0) + numbers({4})), "tensor that is none"},
+        {with(good + text("0") + numbers({4}) + numbers({1})), "tensor that is none"},
+        {with(good + "\x88" + numbers({4}) + numbers({1})), "tensor that is none"},
+        {with(good + number(0) + number(4) + numbers({1})), "tensor that is none"},
+        {with(good + number(0) + "(" + text("4") + "t" + numbers({1})), "tensor that is none"},
+        {with(good + number(0) + "(\x88t" + numbers({1})), "tensor that is none"},
+        {with(good + number(0) + numbers({4}) + numbers({1}) + "\x89}", "_rebuild_tensor_v3"), "tensor that is none"},
+        {with(good + number(0) + numbers({4}) + numbers({1}) + "\x89}N", "_rebuild_tensor_v3"), "tensor of no type"},
+        {with(good + number(0) + numbers({4}) + numbers({1}) + "\x89}" + global("torch", "Size"), "_rebuild_tensor_v3"),
+            "tensor of no type"},
+        {with("", "_rebuild_parameter"), "a parameter that is no tensor"},
+        {with(number(1) + "\x88}", "_rebuild_parameter"), "a parameter that is no tensor"},
+        {one(global("torch", "Size") + ")R"), "a size that is none"},
+        {one(global("torch", "Size") + number(1) + "\x85R"), "a size that is none"},
+        {one(global("collections", "OrderedDict") + number(1) + "\x85R"), "fills an OrderedDict by a call"},
+        {one(global("collections", "OrderedDict") + number(1) + "R"), "calls what is no function"},
+        {one(number(1) + text("a") + "\x93"), "names something by no text"},
+        {one(text("a") + number(1) + "\x93"), "names something by no text"},
+        {one("\x8a\x01\xff"), "holds no tensors by name"}, // -1
+        {with(good + "\x8a\x01\xff" + numbers({4}) + numbers({1})), "tensor that is none"},
+        {one(global("torch", "load") + ")R"), "names 'torch.load', which no model needs"},
+        {one(global("anything", "runstring") + ")R"), "names 'anything.runstring', which no model needs"},
+        // Strides whose products and sums leave 64 bits.
+        {with(good + number(0) + numbers({4, 1}) + "(\x8a\x08" + last + number(1) + "t"), "runs past"},
+        {with(good + number(0) + numbers({2, 2, 2}) + "(" + ("\x8a\x08" + last) + ("\x8a\x08" + last)
+             + ("\x8a\x08" + last) + "t"),
+            "runs past"},
+        // More tensors under a number.
+        {pickle("}(" + text("w") + tensor(good, 0, {4}, {1}) + number(7)
+             + dictionary({{"v", tensor(good, 0, {4}, {1})}}) + "u"),
+            "holds tensors and, under a number, more of them"},
+        {pickle(dictionary({{"state_dict", "}"}})), "holds no tensors by name"}};
+    for (const char* broken : {"\x80", "\xc1\x80", "\xc3", "\xc3z", "\xe0\x9f\xbf", "\xed\xa0\x80", "\xe2z\x80",
+             "\xe2\x82z", "\xe2\x82", "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80", "\xf1\x80\x80z", "\xf5\x80\x80\x80"}) {
+        more.push_back({pickle(dictionary({{broken, tensor(good, 0, {4}, {1})}})), "no UTF-8"});
+    }
+    std::string deepest = tensor(good, 0, {4}, {1});
+    for (int i = 0; i < 12; ++i) { deepest = dictionary({{"a", deepest}}); } // deeper than any checkpoint
+    more.push_back({pickle(deepest), "holds no tensors by name"});
+    std::string held = "}q\1";
+    for (int i = 0; i < 5'000'000; ++i) { held += "h\1"; }
+    more.push_back({pickle(held), "holds too many values at once"});
+    more.insert(more.begin(), faults.begin(), faults.end());
+    for (const auto& fault : more) {
         CAPTURE(fault.words);
         const auto found = refusal(file_of(fault.code).bytes());
         CHECK_MESSAGE((fault.words.empty() ? found.empty() : found.find(fault.words) != std::string::npos), found);
