@@ -44,6 +44,8 @@ struct archive {
         std::string other_name{}; ///< where it lies
         std::uint64_t shift = 0; ///< of its place in the directory
         bool wide = false; ///< sizes in a 64-bit field
+        std::string extra{}; ///< other fields, before that one
+        std::uint64_t shown = 0; ///< the size in the directory, where it is another
     };
     std::vector<entry> entries;
     bool wide = false; ///< a 64-bit directory
@@ -58,8 +60,8 @@ struct archive {
             const auto& name = one.other_name.empty() ? one.name : one.other_name;
             file += "PK\x03\x04"s + u16(0) + u16(one.flags) + u16(one.method) + u32(0) + u32(0) + u32(size) + u32(size)
                 + u16(name.size()) + u16(0) + name + one.content;
-            const auto extra = one.wide ? u16(1) + u16(16) + bytes_of(size) + bytes_of(size) : ""s;
-            const std::uint64_t shown = one.wide ? 0xffffffffu : size;
+            const auto extra = one.extra + (one.wide ? u16(1) + u16(16) + bytes_of(size) + bytes_of(size) : ""s);
+            const std::uint64_t shown = one.wide ? 0xffffffffu : one.shown ? one.shown : size;
             directory += "PK\x01\x02"s + u16(0) + u16(0) + u16(one.flags) + u16(one.method) + u32(0) + u32(0)
                 + u32(shown) + u32(shown) + u16(one.name.size()) + u16(extra.size()) + u16(0) + u16(0) + u16(0) + u32(0)
                 + u32(at + one.shift) + one.name + extra;
@@ -463,6 +465,11 @@ TEST_CASE("archives that are sound in other ways")
     REQUIRE(found.header.entries.size() == 1);
     CHECK(found.header.entries[0].bytes == 12);
     CHECK(made.bytes().substr(found.header.entries[0].offset - 4, 16) == four);
+    made.entries[2].extra = u16(0x7075) + u16(4) + "name" + u16(0x5455) + u16(0); // fields of others
+    CHECK(read(made.bytes()).header.entries.size() == 1);
+    made.entries[2].wide = false;
+    made.entries[2].extra = u16(0x7075) + u16(100); // one that is cut
+    CHECK(read(made.bytes()).header.entries.size() == 1);
     // Newer protocols: frames, short texts, memos by their order.
     const auto brief = [](const std::string& words) {
         return "\x8c"s + static_cast<char>(words.size()) + words + "\x94";
@@ -526,6 +533,16 @@ TEST_CASE("damaged archives")
     says("has another name where it lies", [](archive& a) { a.entries[2].other_name = "m/data/1"; });
     says("is not where the directory says", [](archive& a) { a.entries[2].shift = 1; });
     says("is not where the directory says", [](archive& a) { a.entries[2].shift = 0xfffffff0; });
+    for (const auto& field : {""s, u16(0x7075) + u16(16) + std::string(16, '\0'), u16(1) + u16(0), u16(1) + u16(99)}) {
+        says("runs past the end", [&](archive& a) { // a size of 2^32 - 1 that no field of 64 bits replaces
+            a.entries[2].shown = 0xffffffffu;
+            a.entries[2].extra = field;
+        });
+    }
+    says("has two sizes", [](archive& a) {
+        a.entries[2].shown = 0xffffffffu;
+        a.entries[2].extra = u16(1) + u16(8) + bytes_of(std::uint64_t{16});
+    });
     says("occurs twice", [](archive& a) { a.entries.push_back(a.entries[2]); });
     says("big-endian", [](archive& a) { a.entries[1].content = "big"; });
     says("two pickles", [](archive& a) { a.entries.push_back({"n/data.pkl", pickle("}")}); });
@@ -544,6 +561,19 @@ TEST_CASE("damaged archives")
     CHECK(
         refusal(bytes.substr(0, bytes.size() - 3)).find("its directory, at its end, is missing") != std::string::npos);
     CHECK(refusal("PK\x03\x04").find("is missing") != std::string::npos);
+    CHECK(refusal("PK\x03\x04" + std::string(70'000, '\0')).find("is missing") != std::string::npos);
+    made.wide = true; // a directory of 64 bits at the last bytes, beyond them, and where none is
+    bytes = made.bytes();
+    const auto place = bytes.find("PK\x06\x07") + 8;
+    for (const auto& [where, words] :
+        {std::pair<std::uint64_t, std::string>{bytes.size() - 2, "a record runs past its end"},
+            {bytes.size() + 7, "a record runs past its end"}, {~std::uint64_t{0}, "a record runs past its end"},
+            {0, "its 64-bit directory is not where it should be"}}) {
+        auto other = bytes;
+        other.replace(place, 8, bytes_of(where));
+        const auto found = refusal(other);
+        CHECK_MESSAGE(found.find(words) != std::string::npos, found);
+    }
 }
 
 TEST_CASE("pickles that do more than build tensors, or build what does not fit")
