@@ -430,6 +430,93 @@ TEST_CASE("a sharded writer that is killed leaves the old model or the new")
 }
 #endif
 
+TEST_CASE("names of shards and indexes are told from what looks like them")
+{
+    const auto parts = parse_shard_name("a-b-00002-of-00003-2.safetensors");
+    REQUIRE(parts);
+    CHECK(parts->stem == "a-b");
+    CHECK(parts->rest == "-2.safetensors");
+    CHECK(parts->number == 2);
+    CHECK(parts->count == 3);
+    CHECK(parse_shard_name("-00001-of-00001.bin", ".bin")->stem.empty());
+    for (const char* name : {"model.safetensors", "model-1-of-2.safetensors", "model-00000-of-00002.safetensors",
+             "model-00003-of-00002.safetensors", "model-0000x-of-00002.safetensors", "model-00001-of-0000/.safetensors",
+             "model-00001-of-00002.bin", "model-00001-or-00002.safetensors", "model-00001-of-0002.safetensors", ""}) {
+        CAPTURE(name);
+        CHECK_FALSE(parse_shard_name(name));
+    }
+    CHECK(is_index_name("m.safetensors.index.json"));
+    CHECK(is_index_name("m.safetensors.index.fp16.json"));
+    CHECK(is_pytorch_index_name("m.bin.index.json"));
+    for (const char* name : {".safetensors.index.json", "m.safetensors.index.txt", "m.safetensors", "m.json"}) {
+        CAPTURE(name);
+        CHECK_FALSE(is_index_name(name));
+    }
+    for (const char* name : {".bin.index.json", "m.bin.index.txt", "m.bin", "m.json"}) {
+        CAPTURE(name);
+        CHECK_FALSE(is_pytorch_index_name(name));
+    }
+}
+
+TEST_CASE("a directory in which several models may be meant says which, and opens none")
+{
+    const auto says = [](const std::vector<std::string>& names, const std::string& words,
+                          const std::string& content = {}) {
+        const scratch folder;
+        for (const auto& name : names) {
+            std::filesystem::create_directories((folder / name).parent_path());
+            if (name.ends_with(".safetensors")) { write_one(folder / name, {name}); }
+            else {
+                spill(folder / name, content);
+            }
+        }
+        CAPTURE(words);
+        CHECK_THROWS_WITH_AS((void)open_model(folder.path()), doctest::Contains(words.c_str()), io_error);
+    };
+    says({"a.safetensors.index.json", "b.safetensors.index.json"},
+        "several indexes ('a.safetensors.index.json', 'b.safetensors.index.json')", "{}");
+    says({"a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors", "b.safetensors"}, "several files");
+    says({"a-00001-of-00001.safetensors", "b-00001-of-00001.safetensors"}, "several files");
+    says({"a.safetensors", "b.safetensors", "c.safetensors", "d.safetensors", "e.safetensors", "f.safetensors"},
+        "'d.safetensors' and 2 more): name the file");
+    says({"a-00001-of-00001.bin", "b-00001-of-00001.bin"}, "several of PyTorch's");
+    // What PyTorch's weights may be called, and what is none.
+    says({"m.bin"}, "'m.bin': the weights lie in files of another format"); // of no byte
+    says({"m.bin"}, "'m.bin': the weights lie in files of another format", "\xc1\x01\x02");
+    says({"m.bin"}, "'m.bin': that is a text ('words')", "words");
+    says({"part/m.safetensors.index.json", "other/readme"}, "but its folders do ('part')", "{}");
+
+    const scratch folder; // one shard of one is a whole model, and nothing is said
+    write_one(folder / "m-00001-of-00001.safetensors", {"a"});
+    const auto only = open_model(folder / "m-00001-of-00001.safetensors");
+    CHECK(only.notes().empty());
+    CHECK(tensors(folder.path()) == 1);
+}
+
+TEST_CASE("a write beyond the tensors is refused, and what was noted is a model's shard or nothing")
+{
+    const scratch folder;
+    const sample small(3);
+    sharded_writer writer(folder / "out", small.specs, 1 << 20, {}, durability::process);
+    CHECK_THROWS_WITH_AS(writer.write(3, 0, small.contents[0].data(), 4), "a write to tensor 3 of 3", invalid_argument);
+    CHECK(writer.temporaries().size() >= 2); // the directory and the file; no index
+    directory_lock lock(folder.path());
+    lock.note("model-1.bin\nmodel-a/b.safetensors\nother-00001-of-00002.safetensors\nmodel-00001-of-00002.safetensors\n"
+              "model-00002-of-00002.safetensors");
+    CHECK(orphan_shards(folder.path(), lock) == std::vector<std::string>{"model-00001-of-00002.safetensors"});
+}
+
+TEST_CASE("shards that are forced to disk replace those of before")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "out");
+    for (const int seed : {1, 2}) {
+        const sample made(6, seed);
+        made.write(folder / "out", 20, durability::synchronised);
+        CHECK(is_model(folder / "out", made));
+    }
+}
+
 TEST_CASE("an index is an allowlist")
 {
     const scratch folder;

@@ -9,6 +9,9 @@
 #include <doctest/doctest.h>
 
 #include <random>
+#include <string>
+#include <utility>
+#include <vector>
 
 using namespace taskvec;
 
@@ -91,9 +94,17 @@ TEST_CASE("Grams come back as they were, with the layouts of their weights")
     const const_model_ref other{{"w", tensor(w, {4})}};
     CHECK_THROWS_AS(check_statistics(cpu{}, file, other, "other.safetensors"), invalid_argument);
     CHECK_THROWS_AS(write_statistics(folder / "h.safetensors", grams, 77, {"unknown"}), invalid_argument);
-    CHECK_THROWS_AS(write_statistics(folder / "h.safetensors", const_model_ref{{"w", tensor(w, {4})}},
-                        {.kind = statistics_kind::gram}),
-        shape_mismatch);
+    for (const auto& shape : {extents{4}, extents{4, 1}}) {
+        CHECK_THROWS_AS(write_statistics(folder / "h.safetensors", const_model_ref{{"w", tensor(w, shape)}},
+                            {.kind = statistics_kind::gram}),
+            shape_mismatch);
+    }
+    CHECK_THROWS_WITH_AS(write_statistics(folder / "h.safetensors", const_model_ref{{"w", {w.data(), dtype::i32, {4}}}},
+                             {.kind = statistics_kind::gram}),
+        doctest::Contains("statistics of 'w' have dtype I32; expected "), dtype_mismatch);
+    CHECK_THROWS_WITH_AS(
+        write_statistics(folder / "h.safetensors", empirical_fisher_accumulator(other), statistics_kind::gram),
+        "a Fisher accumulator holds no Gram matrices", invalid_argument);
     CHECK_FALSE(std::filesystem::exists(folder / "h.safetensors"));
 }
 
@@ -137,6 +148,30 @@ TEST_CASE("parts of the data join to what one collection would have given")
     CHECK_THROWS_AS(combine_statistics({}, folder / "x"), invalid_argument);
     write_safetensors(folder / "plain", model(a), {}, durability::process);
     CHECK_THROWS_AS(combine_statistics({folder / "plain"}, folder / "x"), invalid_argument);
+    // Parts that are alike but for one thing.
+    const auto part = [&](const char* name, const const_model_ref& tensors, std::uint64_t examples = 1,
+                          std::vector<std::string> in_out = {}, statistics_kind kind = statistics_kind::gram) {
+        write_statistics(folder / name, tensors, {.kind = kind, .examples = examples, .in_out = std::move(in_out)},
+            durability::process);
+    };
+    const std::vector<float> square(16, 1.0f);
+    part("one", {{"v", tensor(square, {2, 2})}, {"w", tensor(square, {3, 3})}});
+    const auto differs = [&](const char* words) {
+        CHECK_THROWS_WITH(combine_statistics({folder / "one", folder / "two"}, folder / "x"), doctest::Contains(words));
+    };
+    part("two", {{"v", tensor(square, {2, 2})}, {"w", tensor(square, {3, 3})}}, 1, {"w"});
+    differs("disagree about the layout of weights");
+    part("two", {{"v", tensor(square, {2, 2})}});
+    differs("hold different tensors");
+    part("two", {{"u", tensor(square, {2, 2})}, {"w", tensor(square, {3, 3})}});
+    differs("hold different tensors");
+    part("two", {{"v", tensor(square, {2, 2})}, {"w", tensor(square, {4, 4})}});
+    differs("'w' has shape [4, 4] in ");
+    part("two", {{"v", tensor(square, {2, 2})}, {"w", tensor(square, {3, 3})}}, ~std::uint64_t{0});
+    differs("more than 2^64-1 examples together");
+    part("one", {{"w", tensor(square, {2})}}, 0, {}, statistics_kind::empirical_fisher);
+    part("two", {{"w", tensor(square, {2})}}, 0, {}, statistics_kind::empirical_fisher);
+    differs("the Fishers to join come from no examples");
     CHECK_FALSE(std::filesystem::exists(folder / "x"));
 }
 
