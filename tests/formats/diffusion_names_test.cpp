@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 using namespace taskvec;
@@ -187,7 +188,39 @@ TEST_CASE("a part of a UNet has Stable Diffusion's blocks, and levels of other s
     CHECK(diffusion_names(base_of({"conv_in.weight", "conv_out.weight", "down_blocks.0.resnets.0.conv1.weight",
                               "down_blocks.1.resnets.1.conv1.weight", "up_blocks.0.resnets.2.conv1.weight"}))
             .empty());
+    CHECK(diffusion_names(base_of({"conv_in.weight", "conv_out.weight", "down_blocks.0.resnets.1.conv1.weight",
+                              "up_blocks.0.resnets.1.conv1.weight"}))
+            .empty()); // one more on the way up is what a level has
+    CHECK(diffusion_names(base_of({"input_blocks.0.0.weight", "input_blocks.1.0.op.weight", "out.2.weight"})).empty());
+    for (const char* odd : {"input_blocks.x.0.op.weight", "input_blocks.99.0.op.weight", "input_blocks..0.op.weight"}) {
+        CHECK(diffusion_names(base_of({"input_blocks.0.0.weight", "input_blocks.3.0.op.weight", odd, "out.2.weight"}))
+                .empty());
+    }
+    for (const char* more : {"down_blocks.0.resnets.2.conv1.weight", "up_blocks.0.resnets.3.conv1.weight"}) {
+        CHECK(diffusion_names(base_of({more})).empty()); // more than Stable Diffusion's levels have
+    }
+    // Four residual blocks a level: the nearest convolution between levels tells, in whatever order names come.
+    const std::vector<std::string> four{"input_blocks.0.0.weight", "input_blocks.10.0.op.weight",
+        "input_blocks.5.0.op.weight", "input_blocks.6.0.in_layers.2.weight", "out.2.weight"};
+    CHECK(matched("lora_unet_down_blocks_1_resnets_0_conv1", base_of(four), kohya) == four[3]);
+    // Names that count no blocks, and modules within a module that has none.
+    const auto odd = base_of({"conv_in.weight", "conv_in.bias", "conv_out.weight", "up_blocks.0.resnets.0.conv1.weight",
+        "down_blocks.x.resnets.0.conv1.weight", "down_blocks.0.resnets.x.conv1.weight", "conv_in.inner.weight",
+        "side_blocks.0.resnets.7.conv1.weight", "mid_block.attentions.0.weight", "mid_block.resnets.0.other.weight",
+        ".weight"});
+    CHECK(matched("lora_unet_output_blocks_0_0_in_layers_2", odd, kohya) == "up_blocks.0.resnets.0.conv1.weight");
+    const diffusion_names known(odd);
+    for (const char* module : {"input_blocks.0.0.inner", "middle_block.1", "middle_block.0.other"}) {
+        CHECK(known.find(std::string("unet.") + module, adapter_dialect::diffusers).empty());
+    }
+    for (const char* module : {"conv_in.inner", "mid_block.attentions.0", "mid_block.resnets.0.other"}) {
+        CHECK(known.find(std::string("unet.") + module, adapter_dialect::diffusers).size() == 1); // as it is
+    }
     // Other models have blocks of these names.
+    CHECK(diffusion_names(base_of({"controlnet.down_blocks.0.resnets.0.conv1.weight"})).empty());
+    CHECK(diffusion_names(base_of({"xdown_blocks.0.resnets.0.conv1.weight"})).empty());
+    CHECK(diffusion_names(base_of({"a.down_blocks.0.resnets.0.conv1.weight", "b.mid_block.resnets.0.conv1.weight"}))
+            .empty()); // two
     CHECK(
         diffusion_names(base_of({"encoder.down_blocks.0.resnets.0.conv1.weight",
                             "encoder.mid_block.resnets.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"}))
@@ -235,6 +268,37 @@ TEST_CASE("text encoders of single files are found by component, OpenCLIP's by i
         CHECK(found.blocks == 3);
         CHECK(found.translated);
     }
+    // Whole tensors by diffusers' names: only where one tensor alone is meant.
+    CHECK(names.tensor_called("text_encoder_2.text_model.final_layer_norm.bias") == open + "ln_final.bias");
+    CHECK(names.tensor_called("text_encoder_2.text_model.final_layer_norm.weight") == open + "ln_final.weight");
+    CHECK(names.tensor_called("text_encoder_2.text_model.embeddings.position_embedding.weight")
+        == open + "positional_embedding");
+    for (const char* none : {"weight", "text_encoder_2.text_model.embeddings.position_embedding.bias",
+             "text_encoder_2.text_projection.weight", "text_encoder_2.text_model.encoder.layers.9.layer_norm1.weight",
+             "text_encoder_2.text_model.encoder.layers.3.self_attn.q_proj.bias"}) {
+        CAPTURE(none);
+        CHECK(names.tensor_called(none).empty());
+    }
+    const diffusion_names of_file(base_of({"model.diffusion_model.input_blocks.0.0.weight"}));
+    CHECK(of_file.decides("text_encoder_2.anything", dotted));
+    CHECK_FALSE(of_file.decides("vae.anything", dotted));
+    CHECK_FALSE(names.decides("text_encoder_2.anything", dotted)); // no UNet of a single file
+    CHECK(diffusion_names(base_of({})).tensor_called("unet.conv_in.weight").empty());
+    // diffusers' processors and the list of an output stand for the module within.
+    const auto attention = base_of({"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.weight"});
+    const std::string at = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.";
+    const diffusion_names of_attention(attention);
+    for (const auto& [called, tensor] : {std::pair("processor.to_q", "to_q"), std::pair("processor.to_out", "to_out.0"),
+             std::pair("to_out", "to_out.0"), std::pair("to_out.0", "to_out.0")}) {
+        const auto found = of_attention.find(at + called, dotted);
+        REQUIRE(found.size() == 1);
+        CHECK(found[0].tensor == at.substr(5) + tensor + ".weight");
+    }
+    // Of CLIP's encoder what has no weight is no module.
+    const diffusion_names bare_clip(base_of({"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
+        "cond_stage_model.transformer..weight", "cond_stage_model.transformer.text_model.position_ids"}));
+    CHECK(bare_clip.find("text_encoder.text_model.encoder.layers.0.mlp.fc1", dotted).empty());
     // Without a component either may be meant, where both have it.
     const std::string bare = "text_model.encoder.layers.3.mlp.fc2";
     const auto match = match_modules(std::vector<std::string>{bare}, base, adapter_dialect::peft);
