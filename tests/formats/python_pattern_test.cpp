@@ -4,6 +4,8 @@
 #include <taskvec/formats/json.hpp>
 #include <taskvec/formats/python_pattern.hpp>
 
+#include "../capture.hpp"
+
 #include <doctest/doctest.h>
 
 #include <filesystem>
@@ -100,8 +102,8 @@ TEST_CASE("escapes, counts, edges and flags mean what they mean to Python")
             {"(?<!aaa)b", "b", true, true}, {"(a|bc){2}(?<=bca|aaa)", "bca", true, true}, {"a|b|", "b", true, true},
             {"[]a]+", "a]", true, true}, {"[^]a]", "b", true, true}, {"[a-]+", "a-", true, true},
             {"[\\d-]+", "1-", true, true}, {"[^a]", "\n", true, true}, {"(?P<n>a)b", "ab", true, true}}) {
-        CAPTURE(text);
-        CAPTURE(name);
+        CAPTURE_BOUND(text);
+        CAPTURE_BOUND(name);
         CHECK(pattern_of(text).matches(name) == matches);
         CHECK(pattern_of(text).begins(name) == begins);
     }
@@ -137,12 +139,13 @@ TEST_CASE("what is no expression to Python is refused with what is wrong with it
             std::pair("(?<=a*)b", "what a look-behind sees has no fixed width"),
             std::pair("(?<=a|bc)d", "what a look-behind sees has no fixed width"),
             std::pair("(?=a", "it has a '(' without a ')'")}) {
-        CAPTURE(text);
+        CAPTURE_BOUND(text);
         CHECK(refusal_of(text).find(std::string("no regular expression to Python: ") + why) != std::string::npos);
     }
     CHECK(refusal_of("\\8").find("a back-reference") != std::string::npos);
     CHECK(refusal_of("\\18").find("a back-reference") != std::string::npos);
-    CHECK(refusal_of("(?<=((a{1000000000}){1000000000}){1000000000})b|.*").empty()); // a width beyond all numbers is one too
+    CHECK(refusal_of("(?<=((a{1000000000}){1000000000}){1000000000})b|.*")
+            .empty()); // a width beyond all numbers is one too
 }
 
 TEST_CASE("letters beyond ASCII are compared as whole characters; bytes that are no UTF-8 as they are")
