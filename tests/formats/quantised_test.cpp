@@ -961,16 +961,17 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
             },
             "l.weight", "a scale of a name that says too little ('" + name + "')"});
     }
-    for (const auto& [shape, scales] : std::vector<std::pair<extents, extents>>{{{16}, {}}, {{1, 16}, {1}},
+    for (const auto& one : std::vector<std::pair<extents, extents>>{{{16}, {}}, {{1, 16}, {1}},
              {{1, 1, 1, 1, 16}, {1, 1, 1, 1}}, {{1, 2, 8}, {1, 2}}, {{1, 1, 16}, {1, 2}}, {{}, {}}}) {
         all.push_back({"MXFP4 of other shapes",
-            [&codes, shape, scales](owned_model& m) {
+            [&codes, shape = one.first, scales = one.second](owned_model& m) {
                 m.add("q.up_blocks", dtype::u8, shape, codes.substr(0, element_count(shape)));
                 m.add("q.up_scales", dtype::u8, scales, std::string(element_count(scales), '\x7f'));
             },
-            "q.up", "has MXFP4 codes of shape " + to_string(shape) + " and scales of shape " + to_string(scales)});
+            "q.up",
+            "has MXFP4 codes of shape " + to_string(one.first) + " and scales of shape " + to_string(one.second)});
     }
-    for (const auto& [type, values, words] : std::vector<std::tuple<dtype, std::vector<float>, std::string>>{
+    for (const auto& one : std::vector<std::tuple<dtype, std::vector<float>, std::string>>{
              {dtype::f32, {1, 1}, "a global scale of F32 [2]; expected one F32"},
              {dtype::u32, {1}, "a global scale of U32 [1]; expected one F32"},
              {dtype::f32, {0}, "the global scale 0; expected a positive number"},
@@ -979,13 +980,13 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
              {dtype::f32, {NAN}, "the global scale nan; expected a positive number"},
              {dtype::f32, {1e-40f}, ", by which nothing can be divided"}}) {
         all.push_back({"NVFP4 with a global scale that is none",
-            [&codes, type, values](owned_model& m) {
+            [&codes, type = std::get<0>(one), values = std::get<1>(one)](owned_model& m) {
                 m.add("q.weight_packed", dtype::u8, {2, 8}, codes);
                 m.add("q.weight_scale", dtype::f8_e4m3, {2, 1}, "\x38\x38");
                 m.add("q.weight_global_scale", type, {static_cast<std::int64_t>(values.size())},
                     std::string(reinterpret_cast<const char*>(values.data()), 4 * values.size()));
             },
-            "q.weight", words});
+            "q.weight", std::get<2>(one)});
     }
     for (const auto& mark : {std::string("no JSON"), std::string("[1]"), std::string(R"({"format": ""})"),
              R"({"format": ")" + std::string(41, 'x') + "\"}"}) {
