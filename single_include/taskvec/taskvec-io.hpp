@@ -21661,7 +21661,7 @@ struct prefix_meaning {
                 if (!off.empty()) { change("'" + off + "' taken off"); }
             }
             else {
-                if (!found.empty()) { match.doubtful[module] = found; }
+                for (const auto& name : found) { match.doubtful[module].push_back(name + std::string(suffix)); }
                 still.push_back(module);
             }
         }
@@ -21854,7 +21854,7 @@ void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
     const bool own_router = any(".mlp.gate.weight");
     std::map<std::string, adapted_module<T>> split;
     for (auto& [module, made] : adapter.modules) {
-        const auto& parameter = made.slice.parameter;
+        const auto parameter = made.slice.parameter; // which a module of its own has no more
         const bool both = parameter.ends_with(".experts.gate_up_proj"),
                    down = parameter.ends_with(".experts.down_proj");
         if (!both && !down) {
