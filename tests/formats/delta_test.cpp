@@ -135,6 +135,58 @@ TEST_CASE("pruning streams into a file what it collects in memory")
     }
 }
 
+TEST_CASE("a writer of deltas refuses what was not begun, or was begun otherwise")
+{
+    const scratch folder;
+    delta_writer writer(folder / "f", 1, {}, durability::process);
+    CHECK(writer.temporary().empty());
+    CHECK(writer.file_size() == 0);
+    CHECK_THROWS_WITH_AS(writer.commit(), doctest::Contains("no delta was begun"), invalid_argument);
+    CHECK_THROWS_WITH_AS(
+        writer.begin({{"w", {2, 3}, 7, false}}), "delta of tensor 'w' keeps 7 of 6 entries", invalid_argument);
+    CHECK(folder.names().empty());
+    delta_writer other(folder / "f", 1, {}, durability::process);
+    other.begin({{"w", {64, 64}, 1, false}});
+    CHECK(other.temporary().filename().string().starts_with(".taskvec-"));
+    const std::uint64_t index = 3;
+    const double wide = 1;
+    const float narrow = 1;
+    CHECK_THROWS_WITH_AS(other.write(0, 0, 0, 4096, &index, &wide, 1),
+        "delta of tensor 'w' was begun with other values", invalid_argument);
+    other.write(0, 0, 0, 4096, &index, &narrow, 1);
+    other.commit();
+    CHECK(read_delta(folder / "f").tensors == sparse_model{{"w", sparse_vector<float>{{64, 64}, {3}, {1}}}});
+}
+
+TEST_CASE("parts of a delta of another rank than theirs are refused by name")
+{
+    const scratch folder;
+    const std::int64_t shape[2] = {2, 2};
+    const std::int32_t index[2] = {0, 1};
+    const float value[2] = {1, 2};
+    const std::uint8_t bits[2] = {3, 0};
+    const auto refused = [&](const char* part, extents sides, bool bitmask, const char* words) {
+        const_model_ref model;
+        const auto add = [&](const char* name, const void* data, dtype type, extents usual) {
+            model.insert(std::string("w.") + name, {data, type, part == std::string(name) ? sides : usual, {}});
+        };
+        add("values", value, dtype::f32, {2});
+        add("shape", shape, dtype::i64, {2});
+        if (bitmask) { add("bitmask", bits, dtype::u8, {1}); }
+        else {
+            add("indices", index, dtype::i32, {2});
+        }
+        write_safetensors(folder / "f", model,
+            {{"schema", "taskvec.delta.1"}, {"additive", "true"}, {"fingerprint", "xxh64:0000000000000001"}},
+            durability::process);
+        CHECK_THROWS_WITH_AS(delta_file(folder / "f"), doctest::Contains(words), format_error);
+    };
+    refused("values", {2, 1}, false, "delta of tensor 'w' has values of rank 2; expected 1");
+    refused("shape", {2, 1}, false, "has a shape of dtype I64 and rank 2; expected I64 of rank 1");
+    refused("indices", {1, 2}, false, "has indices of dtype I32 and rank 2; expected I32 or I64 of rank 1");
+    refused("bitmask", {1, 1}, true, "has a bitmask of dtype U8 and rank 2; expected U8 of rank 1");
+}
+
 TEST_CASE("a delta in a file that does not fit the base is refused")
 {
     const scratch folder;

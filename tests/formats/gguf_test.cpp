@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <optional>
 #include <set>
@@ -423,6 +424,76 @@ TEST_CASE("a GGUF file that is damaged, cut or of another kind is refused by nam
     }),
         "is none that is known of the architecture llama");
     says(with([](auto& f) { f.tensors.clear(); }), "holds no factors");
+}
+
+TEST_CASE("what a GGUF adapter says of itself decides its scaling and its rows")
+{
+    const scratch folder;
+    const auto read = [&](const std::function<void(file_of&)>& change) {
+        file_of file;
+        change(file);
+        spill(folder / "x.gguf", file.bytes());
+        return read_gguf_adapter<float>(folder / "x.gguf");
+    };
+    const auto key = [](const std::string& name, std::uint64_t count) { return text(name) + u32(4) + u32(count); };
+    const std::string v = "model.layers.1.self_attn.v_proj", q = "model.layers.1.self_attn.q_proj";
+    CHECK(read([](auto&) { }).modules.at(v).update.scaling == 1); // 2 by rank 2
+    for (const bool absent : {true, false}) {
+        const auto adapter = read([&](auto& f) {
+            if (absent) { f.keys.erase(f.keys.begin() + 3); }
+            else {
+                f.keys[3] = text("adapter.lora.alpha") + u32(6) + bytes_of(0.0f);
+            }
+        });
+        CHECK(adapter.modules.at(v).update.scaling == 1);
+        REQUIRE(adapter.notes.size() == 1);
+        says(adapter.notes[0], "gives no alpha");
+    }
+    for (const float wrong : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+        says(refused([&] {
+            file_of file;
+            file.keys[3] = text("adapter.lora.alpha") + u32(6) + bytes_of(wrong);
+            return file;
+        }()),
+            "adapter.lora.alpha is no finite number");
+    }
+    const auto norms = [&](std::size_t count) {
+        return read([&](auto& f) {
+            for (std::size_t i = 0; i < count; ++i) {
+                f.tensors.push_back(file_of::tensor(message("blk.", i, ".attn_norm.weight"), {4}, 0, 64 + 32 * i));
+            }
+            f.body = std::string(64 + 32 * count, '\0');
+        });
+    };
+    says(norms(1).notes.at(0), "carries 1 norm of its own");
+    says(norms(2).notes.at(0), "carries 2 norms of its own");
+    says(refused([] {
+        file_of file;
+        file.tensors = {file_of::tensor("blk.1.attn_v.weight.lora_b", {2, 4}, 0, 0)};
+        return file;
+    }()),
+        "has lora_b but no lora_a");
+    // Rows of q lie in pairs until somebody says how many heads there are.
+    const auto paired = [&](std::uint64_t heads) {
+        return read([&](auto& f) {
+            f.tensors = {file_of::tensor("blk.1.attn_q.weight.lora_a", {3, 2}, 0, 0),
+                file_of::tensor("blk.1.attn_q.weight.lora_b", {2, 4}, 0, 32)};
+            if (heads > 0) { f.keys.push_back(key("llama.attention.head_count", heads)); }
+        });
+    };
+    for (const std::uint64_t unknown : {std::uint64_t{0}, std::uint64_t{65537}}) {
+        CHECK(paired(unknown).modules.at(q).paired_rows);
+    }
+    CHECK_FALSE(paired(1).modules.at(q).paired_rows);
+    CHECK_FALSE(paired(2).modules.at(q).paired_rows);
+    CHECK_THROWS_WITH_AS((void)paired(3), doctest::Contains("4 rows are no 3 heads of an even size"), format_error);
+    const auto none = read([&](auto& f) { f.keys.push_back(key("llama.attention.head_count", 0)); });
+    CHECK(none.target.heads == 0);
+    // The same in a file that is called as such, whatever it begins with.
+    spill(folder / "y.gguf", "no GGUF");
+    CHECK(is_gguf_file(folder / "y.gguf"));
+    spill(folder / "y", "no GGUF");
+    CHECK_FALSE(is_gguf_file(folder / "y"));
 }
 
 } // namespace gguf_test

@@ -10,7 +10,9 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <optional>
 #include <string>
+#include <vector>
 
 using namespace taskvec;
 namespace fs = std::filesystem;
@@ -274,6 +276,8 @@ TEST_CASE("configurations that are not plain LoRA are refused by name")
     says(refused("target_modules", 7), "target_modules is 7; expected names of modules");
     says(refused("target_modules", {"q_proj", 1}), "expected names of modules");
     says(refused("exclude_modules", {{"q_proj", 1}}), "exclude_modules is {\"q_proj\":1}");
+    says(refused("exclude_modules", {{std::string(100, 'x'), 1}}),
+        std::string(78, 'x') + "…; expected names"); // not all
     says(refused("peft_type", 5), "peft_type 5");
     says(refused("use_rslora", 1), "use_rslora is 1; expected true or false");
 }
@@ -305,6 +309,22 @@ TEST_CASE("damaged adapters are named errors")
         "neither a factor nor a bias");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t["layers.0.lora_A.weight"] = {{1, 1}, {1.0f}}; })),
         "does not begin with");
+    // Names that are nearly those of factors.
+    for (const char* name : {"lora_A.weight", "lora_other", ".lora_A.weight"}) {
+        says(refusal(with_tensors(
+                 scratch, [&](tensors& t) { t["base_model.model." + std::string(name)] = {{1, 1}, {1.0f}}; })),
+            "is not a factor of a plain low-rank update");
+    }
+    for (const char* name : {"lora_A.default.weight", "lora_B.default.weight", "lora_C.default.weight"}) {
+        const auto said = refusal(with_tensors(scratch, [&](tensors& t) { t[q + name] = {{1, 1}, {1.0f}}; }));
+        says(said, "is not a factor of a plain low-rank update");
+        CHECK((said.find("without a name of the adapter") != said.npos) == (name[5] != 'C'));
+    }
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{18}, std::vector<float>(18)}; })),
+        "expected a matrix");
+    says(refusal(with_tensors(
+             scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{6, 3, 1, 1}, std::vector<float>(18)}; })),
+        "a convolution's factors are not merged with others");
     const auto unlike =
         with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; });
     says(refusal(unlike), (unlike / peft_model_name).string());
@@ -353,6 +373,103 @@ TEST_CASE(
         "neither a factor nor a bias");
 }
 
+TEST_CASE("whole weights are carried along where they are asked for and are modules' that were saved, or weights")
+{
+    const ::scratch scratch;
+    const auto refused = [&](const nlohmann::json& saved, const char* name) {
+        const auto folder = with_tensors(
+            scratch, [&](auto& t) { t["base_model.model." + std::string(name)] = {{6}, std::vector<float>(6)}; });
+        auto config = nlohmann::json::parse(read_text_file(folder / peft_config_name));
+        config["modules_to_save"] = saved;
+        std::ofstream(folder / peft_config_name) << config.dump();
+        return refusal(folder, {.whole_modules = true});
+    };
+    CHECK(refused({"head"}, "head.running_mean").empty());
+    CHECK(refused({"ead"}, "head.running_mean").empty()); // PEFT takes every module whose name ends so
+    CHECK(refused({"other"}, "head.weight").empty());
+    for (const auto& saved :
+        {nlohmann::json{"other"}, nlohmann::json{"other", ""}, nlohmann::json("head"), nlohmann::json()}) {
+        says(refused(saved, "head.running_mean"), "neither a factor nor a bias that the configuration announces");
+    }
+}
+
+TEST_CASE("which modules a configuration leaves out is what PEFT makes of its fields")
+{
+    const auto layer = [](const char* pattern, const char* module) {
+        const auto given = nlohmann::json::parse(pattern);
+        return detail::layer_for_peft(given.is_null() ? nullptr : &given, module);
+    };
+    CHECK(layer("null", "model.layers.3.q") == 3); // behind whatever comes second
+    CHECK(layer("null", "layers.3.q") == std::nullopt);
+    CHECK(layer("null", "model.layers.3") == std::nullopt);
+    CHECK(layer("null", "q") == std::nullopt);
+    CHECK(layer("null", "model.layers.x.2.q") == 2);
+    CHECK(layer("\"\"", "model.layers.3.q") == 3);
+    CHECK(layer("5", "model.layers.3.q") == 3);
+    CHECK(layer("\"layers\"", "layers.3.q") == 3);
+    CHECK(layer("\"layers\"", "model.layers.3.q") == 3);
+    CHECK(layer("\"layers\"", "model.players.3.q") == std::nullopt);
+    CHECK(layer("[5, \"h\", \"layers\"]", "model.layers.3.q") == 3);
+    CHECK(layer("[\"h\", \"layers\"]", "h.1.layers.3.q") == 1); // the first of the lists
+    for (const char* module : {"layers.x.q", "layers..q", "layers.12345678901.q", "layers.1x.q"}) {
+        CAPTURE(module);
+        CHECK(layer("\"layers\"", module) == std::nullopt);
+    }
+    const std::vector<std::string> modules{"model.layers.0.q", "model.layers.0.v", "model.layers.1.q", "head"};
+    const auto out = [&](const char* config) {
+        return detail::modules_left_out(nlohmann::json::parse(config), "adapter_config.json", modules,
+            [](const std::string& module) { return module == "parameter"; });
+    };
+    using names = std::vector<std::string>;
+    CHECK(out("{}").empty());
+    CHECK(out(R"({"target_modules": ["q", "head"]})") == names{"model.layers.0.v"});
+    CHECK(out(R"({"target_modules": ["q", 5]})") == names{"model.layers.0.v", "head"});
+    CHECK(out(R"({"target_modules": ["other"]})").empty()); // another model's names: PEFT loads nothing of it
+    CHECK(out(R"({"target_modules": "all-linear"})").empty());
+    CHECK(out(R"({"target_modules": "ALL-Linear"})").empty());
+    CHECK(out(R"({"target_modules": "[a-z.0-9]*[qv]"})") == names{"head"});
+    CHECK(out(R"({"target_modules": {"q": 1}})").empty()); // which says nothing that is understood
+    CHECK(out(R"({"exclude_modules": ["v"]})") == names{"model.layers.0.v"});
+    CHECK(out(R"({"layers_to_transform": 1})") == names{"model.layers.0.q", "model.layers.0.v", "head"});
+    CHECK(out(R"({"layers_to_transform": [0, "1", 2.5]})") == names{"model.layers.1.q", "head"});
+    CHECK(out(R"({"layers_to_transform": "1"})").empty());
+    CHECK(out(R"({"layers_to_transform": [1], "target_modules": ["q", "head", "model.layers.0.v"]})")
+        == names{"model.layers.0.q"}); // a whole name is in whatever layer it says, or in none
+    CHECK(out(R"({"layers_to_transform": [1], "target_modules": ".*"})").empty()); // of lists alone
+    CHECK(out(R"({"layers_to_transform": [1], "layers_pattern": ["h", 5]})")
+        == names{"model.layers.0.q", "model.layers.0.v", "model.layers.1.q", "head"});
+    CHECK_THROWS_WITH_AS((void)out(R"({"layers_to_transform": [1], "layers_pattern": "lay.rs|h"})"),
+        doctest::Contains("of regular expressions there, names alone are understood here"), format_error);
+    CHECK(out(R"({"layers_pattern": "lay.rs|h"})").empty()); // which nothing reads then
+
+    const auto tied = [](const char* config, const char* module = "lm_head") {
+        return detail::is_tied_head(nlohmann::json::parse(config), module);
+    };
+    CHECK(tied(R"({"ensure_weight_tying": true})"));
+    CHECK(tied(R"({"ensure_weight_tying": true, "target_modules": "all-linear"})"));
+    CHECK(tied(R"({"ensure_weight_tying": true, "target_modules": ["q", "model.embed_tokens"]})"));
+    CHECK(tied(R"({"ensure_weight_tying": true, "target_modules": ["lm_head"]})"));
+    CHECK_FALSE(tied(R"({"ensure_weight_tying": true, "target_modules": ["q", 5]})"));
+    CHECK_FALSE(tied(R"({"ensure_weight_tying": true})", "head"));
+    CHECK_FALSE(tied(R"({"ensure_weight_tying": false})"));
+    CHECK_FALSE(tied("{}"));
+
+    CHECK(detail::peft_type_of(nlohmann::json::parse("[]")) == "LORA");
+    CHECK(detail::peft_type_of(nlohmann::json::parse(R"({"peft_type": 5})")) == "LORA");
+    CHECK(detail::peft_type_of(nlohmann::json::parse(R"({"peft_type": "LOHA"})")) == "LOHA");
+    const ::scratch scratch;
+    spill(scratch / "config.json", "[]");
+    CHECK_THROWS_WITH_AS(
+        detail::peft_config_file(scratch / "config.json"), doctest::Contains("is not a JSON object"), format_error);
+    // Fields that say nothing.
+    const auto nothing =
+        nlohmann::json::parse(R"({"a": null, "b": false, "c": "", "d": [], "e": {}, "f": 0, "g": "x"})");
+    const std::string file = "f";
+    const detail::peft_fields fields(nothing, file);
+    for (const char* field : {"a", "b", "c", "d", "e", "missing"}) { CHECK_FALSE(fields.says_something(field)); }
+    for (const char* field : {"f", "g"}) { CHECK(fields.says_something(field)); }
+}
+
 TEST_CASE("halves of different dtypes are kept in one that holds both")
 {
     const ::scratch scratch;
@@ -377,6 +494,7 @@ TEST_CASE("halves of different dtypes are kept in one that holds both")
     CHECK(wider(dtype::bf16, dtype::f16) == dtype::f32);
     CHECK(wider(dtype::bf16, dtype::bf16) == dtype::bf16);
     CHECK(wider(dtype::f16, dtype::f64) == dtype::f64);
+    CHECK(wider(dtype::f64, dtype::f16) == dtype::f64);
 }
 
 TEST_CASE("nothing is written where writing cannot succeed")
@@ -384,6 +502,17 @@ TEST_CASE("nothing is written where writing cannot succeed")
     const ::scratch scratch;
     peft_adapter<float> adapter;
     CHECK_THROWS_AS(write_peft(scratch.path() / "a", adapter), invalid_argument);
+    adapter.updates["q"] = {matrix<float>(3, 0, matrix_order::row_major), matrix<float>(0, 3, matrix_order::row_major)};
+    CHECK_THROWS_WITH_AS(
+        write_peft(scratch.path() / "a", adapter), "module 'q' has rank 0; PEFT has no such adapter", invalid_argument);
+    adapter.updates.clear();
+    for (const auto& kernel : {extents{2, 1}, extents{0}, extents{-1}}) { // which 3 inputs have none of
+        auto convolution = adapter;
+        convolution.updates.emplace("q", reference::normal_update<float>(3, 3, 1, 1));
+        convolution.kernels["q"] = kernel;
+        CHECK_THROWS_WITH_AS(write_peft(scratch.path() / "a", convolution),
+            doctest::Contains("has 3 inputs, which its"), shape_mismatch);
+    }
     adapter.updates.emplace("q", reference::normal_update<float>(3, 3, 1, 1));
     adapter.updates.at("q").a(0, 1) = 1e6f;
     CHECK_THROWS_AS(write_peft(scratch.path() / "a", adapter, {.output = dtype::f16}), nonfinite_error);

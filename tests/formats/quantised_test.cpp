@@ -606,6 +606,33 @@ TEST_CASE("where the configuration says powers of two, fresh scales in F32 are s
     }
 }
 
+TEST_CASE("a layer of one number without a shape is read and quantised again")
+{
+    for (const auto scale_type : {dtype::f32, dtype::f64}) {
+        owned_model stored;
+        stored.add("l.weight", dtype::f8_e4m3, {}, "\x40"); // 2
+        const double scale = 0.25;
+        if (scale_type == dtype::f64) {
+            stored.add("l.weight_scale", dtype::f64, {}, std::string(reinterpret_cast<const char*>(&scale), 8));
+        }
+        else {
+            stored.add("l.weight_scale", {}, {0.25f});
+        }
+        const quantised_layers layers(stored.model());
+        REQUIRE(layers.model().size() == 1);
+        if (layers.layers().empty()) { continue; } // a dtype that no scale has
+        CHECK(all_of(layers.model()[0].tensor) == std::vector<float>{0.5f});
+        const float value = -896;
+        std::uint8_t code = 0;
+        std::uint64_t fresh = 0;
+        memory_sink sink({&code, &fresh});
+        quantise_fp8(layers.layers()[0].layer(), &value, sink, 0, 1);
+        CHECK(code == 0xfe); // -448
+        const const_tensor_ref again{&fresh, scale_type, {}};
+        CHECK(detail::scale_at(again, 0) == 2.0f);
+    }
+}
+
 TEST_CASE("quantising zeros, NaN and infinity")
 {
     owned_model stored;
