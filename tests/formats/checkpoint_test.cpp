@@ -506,6 +506,31 @@ TEST_CASE("a write beyond the tensors is refused, and what was noted is a model'
     CHECK(orphan_shards(folder.path(), lock) == std::vector<std::string>{"model-00001-of-00002.safetensors"});
 }
 
+TEST_CASE("shards without bytes are whole at once, and empty tensors may come last")
+{
+    const scratch folder;
+    const std::vector<tensor_spec> nothing{{"a", dtype::f32, {0}}, {"b", dtype::f32, {3, 0}}};
+    {
+        const resumable_shards out(folder.path(), nothing, 1 << 20, {}, durability::process);
+        CHECK(out.finish().size() == 1);
+    }
+    CHECK(resumable_shards(folder.path(), nothing, 1 << 20, {}, durability::process).found() == 1);
+    const scratch other;
+    const std::vector<tensor_spec> some{{"a", dtype::f32, {2}}, {"b", dtype::f32, {0}}};
+    resumable_shards out(other.path(), some, 1 << 20, {}, durability::process);
+    const float values[] = {1, 2};
+    out.write(0, 0, values, 4);
+    CHECK_THROWS_WITH_AS(
+        (void)out.finish(), doctest::Contains("is incomplete: 4 bytes were not written"), invalid_argument);
+    out.write(0, 4, values + 1, 4);
+    out.write(1, 0, values, 0);
+    const auto made = out.finish();
+    REQUIRE(made.size() == 1);
+    const auto back = open_model(made[0]);
+    CHECK(back.model().size() == 2);
+    CHECK(std::memcmp(back.model().find("a")->data, values, 8) == 0);
+}
+
 TEST_CASE("shards that are forced to disk replace those of before")
 {
     const scratch folder;

@@ -59,9 +59,11 @@ public:
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         shard& to = *shards_[plan_.shard_of[index]];
-        if (!to.writer) { return; } // an earlier run wrote it
+        if (!to.writer || size == 0) {
+            return;
+        } // an earlier run wrote it, or there is nothing to write: it may be whole
         to.writer->write(place_[index], offset, data, size);
-        if (to.left.fetch_sub(size, std::memory_order_acq_rel) == size && size) { complete(to); }
+        if (to.left.fetch_sub(size, std::memory_order_acq_rel) == size) { complete(to); }
     }
 
     /// How many shards there were when this began.
