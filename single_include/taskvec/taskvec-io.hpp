@@ -11706,7 +11706,7 @@ private:
             give_up(stem + "weight", "is quantised to 8 bits by bitsandbytes",
                 present(stem, {"weight", "SCB", "weight_format"}));
         }
-        else if (name.ends_with(".absmax") && !name.ends_with(".nested_absmax")) {
+        else if (name.ends_with(".absmax")) {
             const auto whole = name.substr(0, name.size() - 7);
             auto parts = present(whole, {"", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"});
             std::string kind = "4 bits";
