@@ -153,6 +153,7 @@ TEST_CASE("a file that is no adapter, or more than one, is refused by the tensor
         "mixes dialects: ");
     refused({{"m.lora_A.one.weight", {2, 3}}, {"m.lora_B.two.weight", {4, 2}}}, "holds the adapters 'one' and 'two'");
     refused(with(peft, {{"m.lora_other", {2}}}), "tensor 'm.lora_other' is no part of a LoRA");
+    refused(with(peft, {{"m.lora_A.default.other", {2}}}), "'m.lora_A.default.other' is no part of a LoRA");
     refused(with(peft, {{"m.oft_r", {0}}}), "'m.oft_r'");
     refused(with(peft, {{"n.lora_A.weight", {0}}}), "tensor 'n.lora_A.weight' ");
     refused({{"base_model.model.m.lora_A.weight", {2, 3}}, {"base_model.model.m.lora_B.weight", {4, 2}},
@@ -187,6 +188,17 @@ TEST_CASE("tensors beside factors are what their names say")
     CHECK(adapter.wholes.size() == 2);
     CHECK(adapter.wholes.contains("head.weight"));
     CHECK(adapter.wholes.contains("other.weight"));
+    const auto named = read_adapter<float>(
+        file_of(folder, {{"m.lora_embedding_A.default", {2, 3}}, {"m.lora_embedding_B.default", {4, 2}}}));
+    CHECK(named.modules.at("m").embedding);
+    // The longest ending decides: this alpha is of the module, and of no layer within it.
+    const auto encoder = read_adapter<float>(file_of(folder,
+        {{"text_encoder.m.lora_linear_layer.down.weight", {2, 3}},
+            {"text_encoder.m.lora_linear_layer.up.weight", {4, 2}}, {"text_encoder.m.lora_linear_layer.alpha", {}}}));
+    CHECK(encoder.modules.at("text_encoder.m").update.scaling
+        == static_cast<double>(values_of("text_encoder.m.lora_linear_layer.alpha", {})[0]) / 2);
+    CHECK_FALSE(names_component("unet")); // a component alone is no module of it
+    CHECK(names_component("unet.m"));
     // Embeddings that PEFT saves whole bring their magnitudes once more.
     std::vector<float> a(6, 1), b(8, 2), m(4, 3);
     const const_model_ref twice{{"m.lora_A.weight", {a.data(), dtype::f32, {2, 3}}},
@@ -551,8 +563,9 @@ TEST_CASE("what a dialect has no place for is said before anything is written")
     CHECK(why(by_entry, mlx) == "nothing");
     says(why(by_entry, gguf, qwen), "it is DoRA's");
     auto by_dimension = by_entry;
-    by_dimension.dialect = peft;
     by_dimension.modules.begin()->second.embedding = true;
+    says(why(by_dimension, mlx), "with a magnitude for each dimension, and MLX has one for each entry");
+    by_dimension.dialect = peft;
     says(why(by_dimension, mlx), "with a magnitude for each dimension, and MLX has one for each entry");
     says(why(by_dimension, kohya), "it is an embedding");
     // Square weights that lie in×out.

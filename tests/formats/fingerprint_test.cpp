@@ -36,7 +36,11 @@ TEST_CASE("every part of a model counts, its place in a file does not")
     CHECK(value != of({{"a", {data, dtype::f32, {2, 1}, {}}}, {"b", {data + 2, dtype::f32, {2}, {}}}}));
     CHECK(value != of({{"a", {data, dtype::f32, {2}, {}}}}));
     CHECK(of({}) != 0);
-    CHECK_THROWS_AS((void)of({{"a", {data, dtype::f32, {2}, {2}}}}), invalid_argument);
+    for (const auto& other : {const_tensor_ref{data, dtype::f32, {2}, {2}},
+             const_tensor_ref{data, dtype::f32, {2}, {}, memory_space::device}}) {
+        CHECK_THROWS_AS((void)of({{"a", other}}), invalid_argument);
+        CHECK_THROWS_AS((void)fingerprint_sketch({{"a", other}}), invalid_argument);
+    }
 }
 
 TEST_CASE("fingerprints as text")

@@ -356,6 +356,7 @@ TEST_CASE("blocks cut at the edges: as the configuration says, or the only power
              {{200, 150}, {200, 3}, 1, 64}, {{100, 90}, {3, 2}, 48, 48}}) {
         check(how, {.block = {how.rows, how.columns}});
         check(how, {.block = {512, 512}, .more_blocks = {{how.rows, how.columns}}});
+        check(how, {.block = {how.rows, how.columns}, .more_blocks = {{how.rows, how.columns}}});
     }
     check({{200, 150}, {200, 1}, 1, 150}, {.block = {64, 32}}); // channels beside a block of other layers
     check({{3, 4, 8}, {3, 4, 1}, 1, 8}, {.block = {64, 32}}); // of experts
@@ -430,6 +431,19 @@ TEST_CASE("FP8 whose scale was lost is no numbers where anything says that it ha
     CHECK(alike(scaled, lost).empty());
     CHECK(alike(numbers, scaled).empty());
     CHECK(alike(lost, numbers).empty());
+    CHECK_FALSE(alike(lost, scaled, [](std::string_view) { return true; }).empty());
+    owned_model others, plain_there;
+    others.add("k.weight", dtype::f8_e4m3, {2, 2}, "\x38\x38\x38\x38");
+    others.add("k.weight_scale", {}, {1});
+    const quantised_layers elsewhere(others.model()); // which has no such layer
+    CHECK(alike(lost, elsewhere).empty());
+    others.add("l.weight", {2, 2}, {1, 1, 1, 1}); // or has it in numbers
+    const quantised_layers in_numbers(others.model());
+    CHECK(alike(lost, in_numbers).empty());
+    CHECK(pattern_of({}).empty());
+    CHECK(pattern_of({"a.b.c", "a.b.d.e"}) == R"(^a\.b\.(c|d\.e)$)");
+    CHECK(pattern_of({"a.b.c", "a.d"}) == R"(^a\.(b\.c|d)$)");
+    CHECK(pattern_of({"a.b", "c.d"}) == R"(^(a\.b|c\.d)$)");
 }
 
 TEST_CASE("ComfyUI's marks are parts of their layers, and what they name has to be what is read")
@@ -884,6 +898,7 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
             [&](owned_model& m) {
                 m.add("q.trellis", dtype::i16, {2, 4}, codes);
                 m.add("q.suh", {2}, {1, 1});
+                m.add("q.bias", {2}, {1, 1}); // which is no part of it
             },
             "q", "ExLlamaV3"},
         {"QTIP",
@@ -953,6 +968,77 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
                 m.add("q.weight_scale", dtype::u8, {4, 1}, "\x7f\x7f\x7f\x7f");
             },
             "q.weight", "numbers of shape [4, 8], whose rows are no multiple of 32"},
+        {"QuIP# without a module's name",
+            [&](owned_model& m) {
+                m.add("Qidxs", dtype::i16, {4, 2}, codes);
+                m.add("SU", {16}, std::vector<float>(16, 1));
+            },
+            "Qidxs", "QuIP#"},
+        {"packed bytes of Marlin",
+            [&](owned_model& m) {
+                m.add("q.weight_packed", dtype::u8, {2, 8}, codes);
+                m.add("q.scale_packed", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "Marlin 2:4"},
+        {"GPTQ without scales", [&](owned_model& m) { i32(m, "q.qweight", {1, 8}); }, "q", "by GPTQ"},
+        {"GPTQ with scales in a row",
+            [&](owned_model& m) {
+                i32(m, "q.qweight", {1, 8});
+                m.add("q.scales", {8}, std::vector<float>(8, 1));
+            },
+            "q", "by GPTQ"},
+        {"GPTQ in a row",
+            [&](owned_model& m) {
+                i32(m, "q.qweight", {8});
+                m.add("q.scales", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "by GPTQ"},
+        {"GPTQ of one word a column",
+            [&](owned_model& m) {
+                i32(m, "q.qweight", {1, 8});
+                m.add("q.scales", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "by GPTQ"},
+        {"integers whose zero points are floating",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::i8, {4, 4}, codes);
+                m.add("q.a_zero_point", {}, {1});
+                m.add("q.scales", {4, 1}, {1, 1, 1, 1});
+                m.add("q.comfy_quant", dtype::u8, {2}, "{}");
+            },
+            "q.weight", "to I8 with scales ('q.scales')"},
+        {"ComfyUI's mark of numbers with a scale",
+            [&](owned_model& m) {
+                m.add("q.weight", {1}, {1});
+                m.add("q.weight_scale_x", {}, {1});
+                m.add("q.comfy_quant", dtype::u8, {2}, "{}");
+            },
+            "q.weight", "by ComfyUI as '?' ('q.comfy_quant'), and its tensor is F32"},
+        {"ComfyUI's mark of another dtype",
+            [&](owned_model& m) {
+                f32_scale({}, {1})(m);
+                m.add("l.comfy_quant", {1}, {1});
+            },
+            "l.weight", "by ComfyUI as '?'"},
+        {"no scale of one number",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {}, "\x38");
+                m.add("l.weight_scale", {0}, {});
+            },
+            "l.weight", "of shape [0] for a weight of shape []; expected [] for all of it"},
+        {"scales of nothing",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {0, 4}, "");
+                m.add("l.weight_scale", {2}, {1, 1});
+            },
+            "l.weight", "of shape [2] for a weight of shape [0, 4]"},
+        {"scales of a row",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {16}, codes);
+                m.add("l.weight_scale", {3}, {1, 1, 1});
+            },
+            "l.weight", "of shape [3] for a weight of shape [16]"},
+        {"more scales than rows", f32_scale({8, 1}, std::vector<float>(8, 1)), "l.weight", "shape [8, 1]"},
         {"FP8 without a scale beside a mark",
             [&](owned_model& m) {
                 m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
@@ -979,8 +1065,9 @@ TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
         {"ComfyUI's mark alone", [&](owned_model& m) { m.add("q.comfy_quant", dtype::u8, {2}, "{}"); }, "q.weight",
             "by ComfyUI as '?' ('q.comfy_quant'), and has no codes"}};
     auto all = faults;
-    for (const std::string name : {"l.scales", "l.scale_inv", "l.weight.scale", "l.weight_s", "l.weight_scale_2",
-             "l.weight_global_scale", "l.s", "l.weight_zero_point", "l.weight_amax", "l.weight_absmax_1"}) {
+    for (const std::string name :
+        {"l.scales", "l.scale_inv", "l.weight.scale", "l.weight_s", "l.weight_scale_2", "l.weight_global_scale", "l.s",
+            "l.weight_zero_point", "l.weight_amax", "l.weight_absmax_1", "l.weights_scale"}) {
         all.push_back({"a scale of another name",
             [&codes, name](owned_model& m) {
                 m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
@@ -1095,11 +1182,12 @@ TEST_CASE("what is not quantised stays as it is")
     stored.add("m.weight._data", dtype::i8, {2, 2}, std::string(4, '\1'));
     stored.add("m.SCB", {1}, {1});
     stored.add("m.up_blocks", dtype::u8, {2, 2}, std::string(4, '\1'));
+    stored.add("m.down_blocks", dtype::u8, {1, 2, 8}, std::string(16, '\1'));
     stored.add("n.weight", dtype::u8, {2, 2}, std::string(4, '\1'));
     stored.add("o.weight", dtype::f8_e4m3fnuz, {2, 2}, std::string(4, '\1'));
     const quantised_layers layers(stored.model());
     CHECK(!layers.any());
-    CHECK(layers.model().size() == 20);
+    CHECK(layers.model().size() == 21);
 }
 
 TEST_CASE("scales are told apart by the longest name that they continue")
@@ -1126,12 +1214,24 @@ TEST_CASE("markers and scales of inputs go with their layers, and are no tensors
     made.stored.add("scaled_fp8", dtype::f8_e4m3, {0}, "");
     made.stored.add("attn.k_scale", {}, {0.25f});
     made.stored.add("attn.output_scale", {}, {0.25f});
+    made.stored.add("l.output_scale", {}, {0.25f});
+    const std::string codes(4, '\x38');
+    made.stored.add("e.gate", dtype::f8_e4m3, {2, 2}, codes); // of experts: no weight's name
+    made.stored.add("e.gate_scale", {}, {0.5f});
+    made.stored.add("e.gate_input_scale", {}, {0.5f});
     made.stored.add("norm", {2}, {1, 2});
     const quantised_layers layers(made.stored.model());
     REQUIRE(layers.unread().empty());
-    CHECK(layers.model().size() == 2);
-    CHECK(layers.layers()[0].layer().parts.size() == 3);
-    CHECK(layers.beside().size() == 3);
+    CHECK(layers.model().size() == 3);
+    for (const auto& layer : layers.layers()) { CHECK(layer.layer().parts.size() == 3); }
+    CHECK(layers.beside().size() == 4);
+    // Without a module's name before theirs.
+    owned_model bare;
+    bare.add("weight", dtype::f8_e4m3, {2, 2}, codes);
+    bare.add("weight_scale", {}, {0.5f});
+    const quantised_layers of_bare(bare.model());
+    REQUIRE(of_bare.layers().size() == 1);
+    CHECK(all_of(of_bare.model()[0].tensor) == std::vector<float>(4, 0.5f));
 }
 
 TEST_CASE("merges through a quantising sink: the numbers of the merge in f32, quantised")
@@ -1213,6 +1313,48 @@ TEST_CASE("merges through a quantising sink: the numbers of the merge in f32, qu
     };
     run(average_options{});
     run(ties_options{.density = 0.3});
+}
+
+TEST_CASE("what lies beside layers stays beside them, or is left out where none is left")
+{
+    random_words random("beside");
+    fp8_layer made;
+    make(made, {{4, 4}, {}, 4, 4}, dtype::f8_e4m3, dtype::f32, random);
+    made.stored.add("attn.k_scale", {}, {0.25f});
+    made.stored.add("scaled_fp8", dtype::f8_e4m3, {0}, "");
+    made.stored.add("empty.weight", dtype::f8_e4m3, {0, 4}, "");
+    made.stored.add("empty.weight_scale", {}, {1});
+    const quantised_layers layers(made.stored.model());
+    REQUIRE(layers.unread().empty());
+    owned_model task;
+    task.add("l.weight", {4, 4}, made.expected);
+    task.add("empty.weight", {0, 4}, {});
+    const std::vector<const_model_ref> tasks{task.model()};
+    const aligned_models models(&layers.model(), tasks);
+    for (const bool keep : {true, false}) {
+        const auto plan = plan_outputs(models, layers.model(), &layers, keep);
+        CHECK(plan.plain() == !keep);
+        CHECK(plan.left_out
+            == (keep ? std::vector<std::string>{} : std::vector<std::string>{"attn.k_scale", "scaled_fp8"}));
+        std::map<std::string, std::vector<std::byte>> files;
+        std::vector<void*> places;
+        for (const auto& spec : plan.specs) {
+            files[spec.name].resize(spec.bytes() + 1);
+            places.push_back(files.at(spec.name).data());
+        }
+        memory_sink file(places);
+        quantising_sink out(plan, file, {});
+        CHECK(out.rewritable() == (!keep && file.rewritable()));
+        CHECK(out.wants(0));
+        merge(cpu{}, average_options{}, models, out);
+        out.finish();
+        CHECK(files.contains("attn.k_scale") == keep);
+        if (keep) {
+            float scale = 0;
+            std::memcpy(&scale, files.at("attn.k_scale").data(), sizeof scale);
+            CHECK(scale == 0.25f);
+        }
+    }
 }
 
 TEST_CASE("a sink of layers says what was not written")
@@ -1303,6 +1445,7 @@ TEST_CASE("fp8 without scales is rounded to it again, each number by itself")
             std::vector<float> others(8);
             memory_sink file({others.data(), written.data()});
             quantising_sink out(plan, file, {});
+            CHECK_FALSE(out.rewritable()); // what is rounded is gone
             merge(cpu{}, average_options{}, models, out);
             out.finish();
             saturated = out.saturated();
@@ -1324,6 +1467,26 @@ TEST_CASE("fp8 without scales is rounded to it again, each number by itself")
         CHECK(meaning_of(write(-beyond, overflow::saturate, saturated)[0]) == -largest);
         CHECK(saturated == 1);
         CHECK(int{write(-beyond, overflow::propagate, saturated)[0]} == (wide ? 0xfc : 0xff));
+    }
+    { // NaN and infinity were no overflow
+        owned_model zeros;
+        zeros.add("w", dtype::f8_e5m2, {3}, std::string(3, '\0'));
+        owned_model given;
+        given.add("w", {3}, {NAN, HUGE_VALF, 1});
+        model_options options;
+        options.on_nonfinite = nonfinite::propagate;
+        const std::vector<const_model_ref> tasks{given.model()};
+        const aligned_models models(&zeros.model(), tasks, options);
+        const auto plan = plan_outputs(models, zeros.model(), nullptr, true);
+        std::vector<std::uint8_t> written(3);
+        memory_sink file({written.data()});
+        quantising_sink out(plan, file, {});
+        merge(cpu{}, average_options{}, models, out);
+        out.finish();
+        CHECK(out.saturated() == 0);
+        CHECK((written[0] & 0x7fu) > 0x7cu);
+        CHECK(int{written[1]} == 0x7c);
+        CHECK(int{written[2]} == 0x3c);
     }
     // Without being asked to keep it, it becomes numbers.
     owned_model base;
