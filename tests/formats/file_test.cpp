@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -195,6 +196,37 @@ TEST_CASE("what is removed in a hurry is a temporary name with all in it, and of
     std::filesystem::current_path(before);
     CHECK(folder.names() == std::set<std::string>{"made"});
 }
+
+#if !defined(_WIN32)
+TEST_CASE("what a killed run put aside comes back, or is said not to, and a lock removes its own file alone")
+{
+    const scratch folder;
+    const auto aside = ".taskvec-" + std::to_string(detail::system::process()) + "-directory-1.tmp";
+    std::filesystem::create_directory(folder / aside);
+    spill(folder / (aside + "/a.old"), "old");
+    spill(folder / (aside + "/b"), "to come");
+    std::filesystem::create_directories(folder / "a/inner"); // what has its name meanwhile
+    {
+        const directory_lock lock(folder.path());
+        CHECK_THROWS_WITH_AS((void)finish_replacements(folder.path(), lock),
+            doctest::Contains("cannot be given back what a killed run put aside"), io_error);
+        CHECK(slurp(folder / (aside + "/a.old")) == "old");
+        std::filesystem::remove_all(folder / "a");
+        CHECK(finish_replacements(folder.path(), lock) == std::vector<std::string>{"a"});
+    }
+    CHECK(slurp(folder / "a") == "old");
+    CHECK(folder.names() == std::set<std::string>{"a"});
+    {
+        const directory_lock lock(folder.path());
+        std::filesystem::remove(folder / ".taskvec-lock");
+        spill(folder / ".taskvec-lock", "of somebody else");
+    }
+    CHECK(slurp(folder / ".taskvec-lock") == "of somebody else");
+    const directory_lock none;
+    CHECK_THROWS_WITH_AS((void)finish_replacements(folder / "missing", none),
+        doctest::Contains("cannot be read as a directory"), io_error);
+}
+#endif
 
 TEST_CASE("names that look like temporary ones are left alone")
 {
@@ -391,6 +423,13 @@ TEST_CASE("a new directory appears whole or not at all, with those above it")
     CHECK_THROWS_WITH_AS(
         late.commit(), doctest::Contains("was made by another program while this one worked"), io_error);
     CHECK(slurp(folder / "taken/other") == "y");
+#if !defined(_WIN32)
+    output_directory later(folder / "file");
+    spill(folder / "file", "z");
+    CHECK_THROWS_WITH_AS(
+        later.commit(), doctest::Contains("was made by another program while this one worked"), io_error);
+    CHECK(slurp(folder / "file") == "z");
+#endif
 }
 
 #if !defined(_WIN32)

@@ -634,7 +634,7 @@ TEST_CASE("a layer of one number without a shape is read and quantised again")
         }
         const quantised_layers layers(stored.model());
         REQUIRE(layers.model().size() == 1);
-        if (layers.layers().empty()) { continue; } // a dtype that no scale has
+        REQUIRE(layers.layers().size() == 1);
         CHECK(all_of(layers.model()[0].tensor) == std::vector<float>{0.5f});
         const float value = -896;
         std::uint8_t code = 0;
