@@ -440,10 +440,10 @@ TEST_CASE("FP8 whose scale was lost is no numbers where anything says that it ha
     others.add("l.weight", {2, 2}, {1, 1, 1, 1}); // or has it in numbers
     const quantised_layers in_numbers(others.model());
     CHECK(alike(lost, in_numbers).empty());
-    CHECK(pattern_of({}).empty());
-    CHECK(pattern_of({"a.b.c", "a.b.d.e"}) == R"(^a\.b\.(c|d\.e)$)");
-    CHECK(pattern_of({"a.b.c", "a.d"}) == R"(^a\.(b\.c|d)$)");
-    CHECK(pattern_of({"a.b", "c.d"}) == R"(^(a\.b|c\.d)$)");
+    CHECK(taskvec::pattern_of({}).empty());
+    CHECK(taskvec::pattern_of({"a.b.c", "a.b.d.e"}) == R"(^a\.b\.(c|d\.e)$)");
+    CHECK(taskvec::pattern_of({"a.b.c", "a.d"}) == R"(^a\.(b\.c|d)$)");
+    CHECK(taskvec::pattern_of({"a.b", "c.d"}) == R"(^(a\.b|c\.d)$)");
 }
 
 TEST_CASE("ComfyUI's marks are parts of their layers, and what they name has to be what is read")
