@@ -315,8 +315,9 @@ TEST_CASE("what a configuration says of quantisation is found in each spelling, 
         R"({"quantization_config": {"weight_block_size": [128, 128], "config_groups": {"a": {"weights": {"block_structure": "64x64"}}}}})");
     CHECK(several.block == extents{128, 128});
     CHECK(several.more_blocks == std::vector<extents>{{64, 64}});
-    const auto twice = hints(
-        R"({"quantization_config": {"weight_block_size": [8, 8], "scale_fmt": "ue8m0"}, "text_config": {"quantization_config": {"weight_block_size": [8, 8]}}})");
+    const auto twice =
+        hints(R"({"quantization_config": {"weight_block_size": [8, 8], "scale_fmt": "ue8m0"}, "text_config": )"
+              R"({"quantization_config": {"weight_block_size": [8, 8]}}})");
     CHECK(twice.block == extents{8, 8});
     CHECK(twice.more_blocks.empty());
     CHECK(twice.powers_of_two);
