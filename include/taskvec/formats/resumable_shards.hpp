@@ -59,9 +59,8 @@ public:
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         shard& to = *shards_[plan_.shard_of[index]];
-        if (!to.writer || size == 0) {
-            return;
-        } // an earlier run wrote it, or there is nothing to write: it may be whole
+        // An earlier run wrote the shard; or nothing is to be written, perhaps to a shard that is whole already.
+        if (!to.writer || size == 0) { return; }
         to.writer->write(place_[index], offset, data, size);
         if (to.left.fetch_sub(size, std::memory_order_acq_rel) == size) { complete(to); }
     }
